@@ -1,0 +1,45 @@
+# The two commands that matter: `make demo` and `make test`. PYTHON=python3.12 chooses the interpreter.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Further flags for the main job, e.g. make demo ARGS="--n_trials 3".
+ARGS ?=
+
+# Two workers, one thread each, on the two cores that any machine has.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+.PHONY: help venv demo test lint format
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s%s\n", $$1, $$2}' Makefile
+
+venv: $(VENV)/develop.stamp  ## set up .venv: the package, editable, with what the tests and the build of the data need
+
+demo: $(VENV)/run.stamp  ## the main job: train every stage on the embedded images, print the table, write the report
+	$(BIN)/daft-domainbed run $(ARGS)
+
+test: lint  ## lint, types, the whole suite with doctests and coverage; CI runs the same
+	$(PYTEST) --cov --cov-report=term
+
+lint: $(VENV)/develop.stamp  ## check the format, style and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/develop.stamp  ## rewrite the sources in the project's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# A stamp is touched last: an interrupted set-up starts again, a complete one is not repeated.
+$(VENV)/run.stamp: setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, as in: make PYTHON=python3.12 ..." \
+	  if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	@echo 'Installing the package; the first time, torch alone can be a download of a few GB.'
+	$(BIN)/python -m pip install -e .
+	@touch $@
+
+$(VENV)/develop.stamp: $(VENV)/run.stamp
+	$(BIN)/python -m pip install --quiet -e '.[test,dev,data]'
+	@touch $@
