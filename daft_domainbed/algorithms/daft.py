@@ -1,0 +1,63 @@
+"""Distillation of a plain teacher (KD) and of an adversarially fine-tuned one (DAFT)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from daft_domainbed.losses import kd_loss
+from daft_domainbed.teacher import load_teacher
+
+if TYPE_CHECKING:
+    from daft_domainbed.algorithms.host import ERM
+else:
+    ERM = object  # `plugin.register` puts the host's ERM behind the mixin
+
+
+class KD(ERM):
+    """Knowledge distillation (Hinton et al., 2015): a student learns from the labels and from a frozen teacher.
+
+    Minimises (1 - kd_weight) CE(S(x), y) + kd_weight kd_temperature^2 KL(teacher || student) over the student S.
+    The teacher sees the student's own augmented view. The student has no parameter beyond ERM's, and the teacher
+    is none of its modules: state dict, optimizer and train() know only the student.
+    """
+
+    def __init__(
+        self, input_shape: Sequence[int], num_classes: int, num_domains: int, hparams: Mapping[str, Any]
+    ) -> None:
+        super().__init__(input_shape, num_classes, num_domains, hparams)
+        self.teacher = load_teacher(type(self).__name__, self.hparams)
+
+    def update(
+        self, minibatches: Sequence[tuple[Tensor, Tensor]], unlabeled: Sequence[Tensor] | None = None
+    ) -> dict[str, float]:
+        """Take one student step on a minibatch (x [B, C, H, W], y [B]) of every training domain."""
+        x = torch.cat([x for x, _ in minibatches])
+        y = torch.cat([y for _, y in minibatches])
+        weight = self.hparams["kd_weight"]
+
+        logits = self.predict(x)
+        task_loss = F.cross_entropy(logits, y)
+        distillation_loss = kd_loss(logits, self.teacher(x), self.hparams["kd_temperature"])
+        loss = (1 - weight) * task_loss + weight * distillation_loss
+
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return {"loss": loss.item(), "task_loss": task_loss.item(), "kd_loss": distillation_loss.item()}
+
+
+class DAFT(KD):
+    """DAFT, "Distilling Adversarially Fine-tuned Models for Better OOD Generalization" (Nasery et al., 2022).
+
+    1. An ERM teacher learns rich features by standard training.
+    2. Adversarial fine-tuning of it combines them robustly: the AFT teacher (`aft.py`).
+    3. Its knowledge is distilled into the student, by KD's update to the letter: DAFT and KD differ in nothing but
+       the teacher, so what separates their results is the teacher.
+
+    `load_teacher` accepts nothing but an AFT teacher here, and with `teacher: "auto"` makes stages 1 and 2 first.
+    """

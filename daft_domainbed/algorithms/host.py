@@ -1,0 +1,25 @@
+"""What the mixins expect of a host's ERM, for the type checker; never imported at run time."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+class ERM(nn.Module):
+    """DomainBed's contract: a featurizer, a classifier, their sequence, an optimizer."""
+
+    hparams: dict[str, Any]
+    featurizer: nn.Module
+    classifier: nn.Module
+    network: nn.Module
+    optimizer: Optimizer
+
+    def __init__(
+        self, input_shape: Sequence[int], num_classes: int, num_domains: int, hparams: Mapping[str, Any]
+    ) -> None: ...
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Return logits, [B, K]."""
+        ...

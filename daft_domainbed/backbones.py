@@ -1,0 +1,180 @@
+"""Networks by name: our small ResNets, torchvision's and timm's models, as featurizers that a host accepts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from daft_domainbed.checkpoints import load_weights
+from daft_domainbed.errors import UsageError, suggest
+
+_RESNET8 = re.compile(r"resnet8_w(\d+)")
+
+
+class _Block(nn.Module):
+    """Two 3 x 3 convolutions with batch norm and a 1 x 1 shortcut (He et al., 2016)."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.shortcut = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+        self.bn3 = nn.BatchNorm2d(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(out)) + self.bn3(self.shortcut(x)))
+
+
+class ResNet8(nn.Module):
+    """A ResNet of eight weighted layers for small images: a stem, three residual blocks, average pool.
+
+    Args:
+        in_channels: Of the input.
+        width: Channels of the stem; the blocks have width, 2 width and 4 width.
+
+    Example:
+        >>> ResNet8(3, width=8)(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 32])
+    """
+
+    def __init__(self, in_channels: int, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(width)
+        self.blocks = nn.Sequential(
+            _Block(width, width, 2), _Block(width, 2 * width, 2), _Block(2 * width, 4 * width, 2)
+        )
+        self.n_outputs = 4 * width
+        # A third faster on a CPU; weights keep the layout wherever they are loaded or moved.
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Encode images, [B, C, H, W], into features, [B, 4 width]."""
+        x = x.contiguous(memory_format=torch.channels_last)
+        return self.blocks(F.relu(self.bn(self.conv(x)))).mean(dim=(2, 3))
+
+
+class _Headless(nn.Module):
+    """Someone else's model without its classification head."""
+
+    def __init__(self, network: nn.Module, n_outputs: int) -> None:
+        super().__init__()
+        self.network = network
+        self.n_outputs = n_outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x).flatten(1)
+
+
+def build_backbone(name: str, input_shape: Sequence[int], weights: str = "pretrained") -> nn.Module:
+    """Build a featurizer by name, with its number of features as `n_outputs`.
+
+    Args:
+        name: `resnet8_w<N>`, a torchvision model, or `timm/<name>`.
+        input_shape: (C, H, W).
+        weights: "pretrained", "none", or a file of the backbone's state dict; resnet8 has only the latter two.
+
+    Raises:
+        UsageError: Unknown name, weights that cannot be had or do not fit, or an input the network cannot take.
+    """
+    if match := _RESNET8.fullmatch(name):
+        if int(match[1]) == 0:
+            raise UsageError(f"backbone {name!r} has no channels: its width has to be at least 1, as in 'resnet8_w8'")
+        network: nn.Module = ResNet8(input_shape[0], int(match[1]))
+        return network if weights in ("pretrained", "none") else _load_into(network, Path(weights), name)
+    if input_shape[0] != 3:
+        raise UsageError(f"backbone {name!r} takes 3 channels, the data have {input_shape[0]}: use resnet8_w<N>")
+    network, n_outputs = _build_timm(name, weights) if name.startswith("timm/") else _build_torchvision(name, weights)
+    if weights not in ("pretrained", "none"):
+        _load_into(network, Path(weights), name)
+    return _Headless(network, n_outputs)
+
+
+def freeze(module: nn.Module) -> nn.Module:
+    """Freeze a module in place: no gradients, evaluation mode for ever, whatever train() is called above it."""
+    module.requires_grad_(False)
+    module.eval()
+    module.__class__ = type(f"Frozen{type(module).__name__}", (_Frozen, type(module)), {})
+    return module
+
+
+class _Frozen:
+    def train(self, mode: bool = True) -> Any:
+        return self
+
+
+def _build_torchvision(name: str, weights: str) -> tuple[nn.Module, int]:
+    import torchvision
+
+    names = torchvision.models.list_models(module=torchvision.models)
+    if name not in names:
+        hint = suggest(name, [*names, "resnet8_w8", "default"])
+        raise UsageError(f"no backbone {name!r}: use resnet8_w<N>, a torchvision name or timm/<name>.{hint}")
+    entry = torchvision.models.get_model_weights(name).DEFAULT if weights == "pretrained" else None
+    try:
+        network = torchvision.models.get_model(name, weights=entry)
+    except OSError as error:
+        raise UsageError(explain_missing_weights(name, entry.url.rsplit("/", 1)[-1])) from error
+    for attribute in ("fc", "classifier", "heads", "head"):
+        if hasattr(network, attribute):
+            setattr(network, attribute, nn.Identity())
+            break
+    else:
+        raise UsageError(f"backbone {name!r} has no head that could be taken off: choose another")
+    return network, _count_features(network)
+
+
+def _build_timm(name: str, weights: str) -> tuple[nn.Module, int]:
+    try:
+        import timm
+    except ImportError as error:
+        raise UsageError(f"backbone {name!r} needs timm: pip install timm") from error
+    short = name.removeprefix("timm/")
+    if not timm.is_model(short):
+        raise UsageError(f"timm has no model {short!r}.{suggest(short, timm.list_models())}")
+    try:
+        network = timm.create_model(short, pretrained=weights == "pretrained", num_classes=0)
+    except Exception as error:  # timm lets every layer of its download client speak for itself
+        raise UsageError(explain_missing_weights(name, f"{short}.safetensors")) from error
+    return network, network.num_features
+
+
+def explain_missing_weights(name: str, file: str) -> str:
+    """Return the sentence for weights that could not be downloaded: which file, and where it belongs."""
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    return (
+        f"the pretrained weights of {name!r} could not be downloaded: put {file} into {folder} (TORCH_HOME moves it), "
+        f'or give "weights" a file, or "none"'
+    )
+
+
+def _count_features(network: nn.Module) -> int:
+    was_training = network.training
+    network.eval()
+    with torch.no_grad():
+        n_outputs = network(torch.zeros(1, 3, 224, 224)).flatten(1).shape[1]
+    network.train(was_training)
+    return n_outputs
+
+
+def _load_into(network: nn.Module, path: Path, name: str) -> nn.Module:
+    state = load_weights(path)
+    wanted = network.state_dict()
+    head = {key: value for key, value in state.items() if key in wanted}
+    missing = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
+    if missing:
+        raise UsageError(f"{path} does not fit backbone {name!r}: it lacks {missing[0]} and {len(missing) - 1} more")
+    try:
+        network.load_state_dict(head, strict=False)
+    except RuntimeError as error:
+        raise UsageError(f"{path} does not fit backbone {name!r}: {' '.join(str(error).split())[:160]}") from error
+    return network

@@ -1,0 +1,264 @@
+"""The one seam to a host: find it, and add our algorithms, hyperparameters, backbones and data sets to it."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from daft_domainbed import backbones, hparams
+from daft_domainbed.attacks import INPUT_SPECS, InputSpec
+from daft_domainbed.checkpoints import to_plain
+from daft_domainbed.errors import UsageError, suggest
+
+OUR_DATASETS = ("EmojiStyles", "EmojiStylesUnseen", "ColoredDigits")
+_OUR_BATCH_SIZE = 32
+_SMALL_DATASET = "Debug28"  # stands in for "DomainBed's small images", a list that upstream keeps to itself
+
+
+@dataclass(frozen=True)
+class Host:
+    """The modules of a package with DomainBed's contract."""
+
+    name: str
+    algorithms: ModuleType
+    datasets: ModuleType
+    networks: ModuleType
+    hparams_registry: ModuleType
+    misc: ModuleType
+
+
+@functools.cache
+def find_host(name: str = "embedded") -> Host:
+    """Import a host.
+
+    Args:
+        name: "embedded", or "upstream": the clone at DOMAINBED_ROOT, or `domainbed` on the import path.
+
+    Raises:
+        UsageError: There is no such host, or upstream cannot be imported; says what brings it.
+    """
+    if name == "embedded":
+        package = "daft_domainbed.embedded"
+        parts = ("algorithms", "datasets", "networks", "hparams_registry", "misc")
+    elif name == "upstream":
+        package = "domainbed"
+        parts = ("algorithms", "datasets", "networks", "hparams_registry", "lib.misc")
+        _put_clone_on_path()
+    else:
+        raise UsageError(f"no host {name!r}: use embedded or upstream")
+    try:
+        return Host(name, *(importlib.import_module(f"{package}.{part}") for part in parts))
+    except ImportError as error:
+        raise UsageError(
+            f"--host upstream: {error}; set DOMAINBED_ROOT to a clone of facebookresearch/DomainBed and run "
+            f"'pip install wilds timm tqdm'"
+        ) from error
+
+
+def _put_clone_on_path() -> None:
+    root = os.environ.get("DOMAINBED_ROOT")
+    if not root:
+        return
+    if not (Path(root) / "domainbed" / "algorithms.py").is_file():
+        raise UsageError(f"DOMAINBED_ROOT is {root}, which is no clone of DomainBed: it has no domainbed/algorithms.py")
+    if root not in sys.path:
+        sys.path.insert(0, root)
+
+
+def register(host: Host) -> None:
+    """Add everything of ours to a host; doing so twice is harmless, and `unregister` takes it all back."""
+    if host.name in _undo:
+        return
+    undo: list[Callable[[], None]] = []
+    _undo[host.name] = undo
+
+    from daft_domainbed.algorithms import MIXINS
+
+    for name, mixin in MIXINS.items():
+        algorithm = type(name, (mixin, host.algorithms.ERM), {"__doc__": mixin.__doc__, "__module__": mixin.__module__})
+        _set(host.algorithms, name, algorithm, undo)
+        _append(host.algorithms.ALGORITHMS, name, undo)
+
+    if host.name != "embedded":
+        embedded = importlib.import_module("daft_domainbed.embedded.datasets")
+        for name in OUR_DATASETS:
+            _set(host.datasets, name, getattr(embedded, name), undo)
+            _append(host.datasets.DATASETS, name, undo)
+        find_class = host.datasets.get_dataset_class
+
+        def get_dataset_class(name: str) -> type:
+            return embedded.get_dataset_class(name) if name.startswith("folder:") else find_class(name)
+
+        _set(host.datasets, "get_dataset_class", get_dataset_class, undo)
+
+    _set(host.hparams_registry, "_hparams", _extend_hparams(host), undo)
+    _set(host.networks, "Featurizer", _extend_featurizer(host), undo)
+
+
+def unregister(host: Host) -> None:
+    """Leave a host as it was before `register`."""
+    for step in reversed(_undo.pop(host.name, [])):
+        step()
+
+
+_undo: dict[str, list[Callable[[], None]]] = {}
+
+
+def _set(module: ModuleType, name: str, value: Any, undo: list[Callable[[], None]]) -> None:
+    if hasattr(module, name):
+        undo.append(functools.partial(setattr, module, name, getattr(module, name)))
+    else:
+        undo.append(functools.partial(delattr, module, name))
+    setattr(module, name, value)
+
+
+def _append(names: list[str], name: str, undo: list[Callable[[], None]]) -> None:
+    if name not in names:
+        names.append(name)
+        undo.append(functools.partial(names.remove, name))
+
+
+# A folder's hyperparameters depend on its `input_size`, which the host's registry is not told.
+_assumed: list[Mapping[str, Any]] = []
+
+
+@contextmanager
+def assuming(user_hparams: Mapping[str, Any]) -> Iterator[None]:
+    """Let the user's own hyperparameters be known while defaults and draws are made."""
+    _assumed.append(user_hparams)
+    try:
+        yield
+    finally:
+        _assumed.pop()
+
+
+def _extend_hparams(host: Host) -> Callable[[str, str, int], dict[str, tuple[Any, Any]]]:
+    original = host.hparams_registry._hparams
+    seed_hash = host.misc.seed_hash
+
+    def _hparams(algorithm: str, dataset: str, random_seed: int) -> dict[str, tuple[Any, Any]]:
+        def draw_random(name: str) -> np.random.RandomState:
+            return np.random.RandomState(seed_hash(random_seed, name))
+
+        shape = get_input_shape(host, dataset)
+        is_small_folder = dataset.startswith("folder:") and shape is not None and hparams.is_small_folder(shape[-1])
+        is_small = dataset in OUR_DATASETS or is_small_folder
+        pairs: dict[str, tuple[Any, Any]] = original(algorithm, _SMALL_DATASET if is_small else dataset, random_seed)
+        if dataset in OUR_DATASETS:  # upstream's largest draw, 512, would exceed a domain
+            pairs["batch_size"] = (_OUR_BATCH_SIZE, int(2 ** draw_random("batch_size").uniform(3, 7)))
+        return pairs | hparams.build_hparams(algorithm, dataset, shape, draw_random)
+
+    return _hparams
+
+
+def _extend_featurizer(host: Host) -> Callable[[tuple[int, ...], Mapping[str, Any]], Any]:
+    original = host.networks.Featurizer
+
+    def Featurizer(input_shape: tuple[int, ...], hparams: Mapping[str, Any]) -> Any:  # noqa: N802 - the host's name
+        name = hparams.get("backbone", "default")
+        if name != "default":
+            featurizer = backbones.build_backbone(name, input_shape, hparams.get("weights", "pretrained"))
+        elif len(input_shape) == 3 and input_shape[-1] > 32 and input_shape[-1] != 224:
+            featurizer = host.networks.ResNet(
+                input_shape, hparams
+            )  # any size does for it, though the host does not say
+        else:
+            featurizer = original(input_shape, hparams)
+        return backbones.freeze(featurizer) if hparams.get("backbone_frozen") else featurizer
+
+    return Featurizer
+
+
+def get_input_shape(host: Host, dataset: str) -> tuple[int, ...] | None:
+    """Return a data set's (C, H, W) as far as its name and the user's hyperparameters tell, or None."""
+    if dataset.startswith("folder:"):
+        side = (_assumed[-1] if _assumed else {}).get("input_size", hparams.TABLE["input_size"].default)
+        return (3, side, side) if isinstance(side, int) else None
+    dataset_class = getattr(host.datasets, dataset, None)
+    shape = getattr(dataset_class, "INPUT_SHAPE", None)
+    if shape is None and _has_ancestor(dataset_class, "MultipleEnvironmentMNIST"):
+        shape = (1, 28, 28)
+    return tuple(shape) if shape is not None else None
+
+
+def get_default_hparams(host: Host, algorithm: str, dataset: str, user: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all hyperparameters of an algorithm, as plain types, before the user's are applied."""
+    with assuming(user):
+        defaults: dict[str, Any] = to_plain(host.hparams_registry.default_hparams(algorithm, dataset))
+    return defaults
+
+
+def get_random_hparams(host: Host, algorithm: str, dataset: str, user: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """Return one random draw of an algorithm's hyperparameters, as plain types."""
+    with assuming(user):
+        draw: dict[str, Any] = to_plain(host.hparams_registry.random_hparams(algorithm, dataset, seed))
+    return draw
+
+
+def get_algorithm_class(host: Host, name: str) -> type:
+    """Return an algorithm's class.
+
+    Raises:
+        UsageError: The host has none of that name; says the nearest, or which host has it.
+    """
+    if name in host.algorithms.ALGORITHMS:
+        algorithm: type = host.algorithms.get_algorithm_class(name)
+        return algorithm
+    try:
+        host.algorithms.get_algorithm_class(name)
+    except UsageError:
+        raise
+    except NotImplementedError:
+        pass
+    hint = suggest(name, host.algorithms.ALGORITHMS)
+    raise UsageError(f"no algorithm {name!r} in host {host.name}.{hint}")
+
+
+def get_dataset_class(host: Host, name: str) -> type:
+    """Return a data set's class.
+
+    Raises:
+        UsageError: The host has none of that name; says the nearest.
+    """
+    if host.name == "embedded" or name in host.datasets.DATASETS or name.startswith("folder:"):
+        dataset: type = host.datasets.get_dataset_class(name)
+        return dataset
+    raise UsageError(f"no data set {name!r} in host {host.name}.{suggest(name, host.datasets.DATASETS)}")
+
+
+def get_environments(host: Host, dataset: str) -> list[str]:
+    """Return the names of a data set's environments."""
+    return list(get_dataset_class(host, dataset).ENVIRONMENTS)  # type: ignore[attr-defined]
+
+
+def get_input_spec(dataset: Any) -> InputSpec:
+    """Return how a data set normalises its images; upstream's classes are told by their ancestors."""
+    name = getattr(dataset, "INPUT_SPEC", None)
+    if name is None:
+        kind = type(dataset)
+        name = "imagenet"
+        if _has_ancestor(kind, "MultipleEnvironmentMNIST"):
+            name = "unit"
+        elif _has_ancestor(kind, "Debug"):
+            name = "none"
+    return INPUT_SPECS[name]
+
+
+def is_seeded(dataset_class: type) -> bool:
+    """Return whether a data set's contents depend on the seed it is built under (MNIST-like and Debug sets' do)."""
+    seeded = getattr(dataset_class, "SEEDED", None)
+    return bool(seeded) if seeded is not None else not _has_ancestor(dataset_class, "MultipleEnvironmentImageFolder")
+
+
+def _has_ancestor(kind: type | None, name: str) -> bool:
+    return kind is not None and any(ancestor.__name__ == name for ancestor in kind.__mro__)
