@@ -1,0 +1,230 @@
+"""What a sweep consists of: every run, and the teachers that it needs, each once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from hashlib import md5
+from pathlib import Path
+from typing import Any, Literal
+
+from daft_domainbed import hparams, plugin
+from daft_domainbed.checkpoints import write_text
+from daft_domainbed.engine import (
+    TrainArgs,
+    check_test_envs,
+    list_stages,
+    make_request,
+    make_teacher_args,
+    resolve_hparams,
+)
+from daft_domainbed.errors import UsageError
+from daft_domainbed.teacher import plan_teacher
+
+PLAN_FILE = "plan.json"
+SCHEMA = 1
+
+Stage = Literal["erm_teacher", "aft_teacher", "student"]
+
+# These may grow from one launch of a sweep to the next; with anything else changed it would be another sweep.
+_MAY_GROW = ("datasets", "algorithms", "n_trials", "n_hparams", "n_hparams_from")
+# Where a sweep lies and what it runs on do not make it another sweep.
+_INCIDENTAL = ("output_dir", "data_dir", "teachers_dir", "device")
+
+
+@dataclass(frozen=True)
+class SweepArgs:
+    """The arguments of a sweep: DomainBed's sweep flags, and those that every run of it shares."""
+
+    datasets: list[str]
+    algorithms: list[str]
+    output_dir: str
+    n_trials: int = 3
+    n_hparams: int = 20
+    n_hparams_from: int = 0
+    single_test_envs: bool = False
+    hparams: str | None = None
+    steps: int | None = None
+    checkpoint_freq: int | None = None
+    data_dir: str | None = None
+    task: str = "domain_generalization"
+    holdout_fraction: float = 0.2
+    uda_holdout_fraction: float = 0.0
+    skip_model_save: bool = False
+    host: str = "embedded"
+    device: str = "auto"
+    precision: str = "fp32"
+    teachers_dir: str | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run of a sweep.
+
+    Attributes:
+        stage: What the run is for.
+        folder: Its output folder, relative to the sweep's where it lies inside.
+        args: Its arguments.
+        needs: Folders of the teachers that have to be there before.
+    """
+
+    stage: Stage
+    folder: str
+    args: TrainArgs
+    needs: list[str] = field(default_factory=list)
+
+
+def make_plan(sweep: SweepArgs) -> list[Job]:
+    """Return all jobs of a sweep, teachers before those that need them.
+
+    All algorithms, stages and hyperparameter draws of one (data set, test environments, trial) share one seed, so
+    that comparisons are paired and teachers shared.
+
+    Raises:
+        UsageError: An unknown name, or a hyperparameter that no algorithm of the sweep knows.
+    """
+    host = plugin.find_host(sweep.host)
+    plugin.register(host)
+    user = hparams.parse_json(sweep.hparams)
+    _check_hparams(host, sweep, user)
+    jobs: dict[str, Job] = {}
+    for args in _list_students(host, sweep, user):
+        chain = _plan_chain(host, sweep, args)
+        for job in reversed(chain):
+            jobs.setdefault(job.folder, job)
+    return sorted(jobs.values(), key=lambda job: ("erm_teacher", "aft_teacher", "student").index(job.stage))
+
+
+def write_plan(sweep: SweepArgs, jobs: list[Job]) -> None:
+    """Store a sweep's plan in its folder; a sweep may grow, but not become another one.
+
+    Raises:
+        UsageError: The folder holds a sweep with other arguments.
+    """
+    path = Path(sweep.output_dir) / PLAN_FILE
+    old = _read_plan(path)
+    args = asdict(sweep)
+    if old is not None:
+        _check_growth(old["args"], args, path.parent)
+    environments = {name: plugin.get_environments(plugin.find_host(sweep.host), name) for name in sweep.datasets}
+    known = {job.folder for job in jobs}
+    content = {
+        "schema": SCHEMA,
+        "args": {name: value for name, value in args.items() if name not in _INCIDENTAL}
+        | ({name: _merge(old["args"][name], args[name]) for name in ("datasets", "algorithms")} if old else {}),
+        "environments": (old or {}).get("environments", {}) | environments,
+        "jobs": [asdict(job) for job in jobs] + [job for job in (old or {}).get("jobs", []) if job["folder"] not in known],
+    }
+    write_text(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
+
+
+def _read_plan(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        plan: dict[str, Any] = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{path} is not JSON ({error.msg}): delete it, the runs beside it are kept") from error
+    return plan
+
+
+def _check_growth(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
+    different = [
+        f"{name} is {old.get(name)} there and {value} here"
+        for name, value in new.items()
+        if name not in (*_MAY_GROW, *_INCIDENTAL) and old.get(name) != value
+    ]
+    if different:
+        raise UsageError(f"{folder} holds a sweep with other arguments ({'; '.join(different)}): choose another --output_dir")
+
+
+def _merge(old: Iterable[str], new: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys([*old, *new]))
+
+
+def _check_hparams(host: plugin.Host, sweep: SweepArgs, user: dict[str, Any]) -> None:
+    """Refuse a name that no algorithm of the sweep knows; each job is then given its own."""
+    stages = {stage for algorithm in sweep.algorithms for stage in list_stages(algorithm)}
+    for algorithm in sweep.algorithms:
+        plugin.get_algorithm_class(host, algorithm)
+    for dataset in sweep.datasets:
+        plugin.get_dataset_class(host, dataset)
+        known = {key for stage in stages for key in plugin.get_default_hparams(host, stage, dataset, user)}
+        hparams.check_names(user, known, sweep.algorithms)
+
+
+def _list_students(host: plugin.Host, sweep: SweepArgs, user: dict[str, Any]) -> Iterator[TrainArgs]:
+    for trial_seed in range(sweep.n_trials):
+        for dataset in sweep.datasets:
+            n_envs = len(plugin.get_environments(host, dataset))
+            for algorithm in sweep.algorithms:
+                known: set[str] = set()
+                for stage in list_stages(algorithm):
+                    known |= plugin.get_default_hparams(host, stage, dataset, user).keys()
+                own = {name: value for name, value in user.items() if name in known}
+                for test_envs in list_test_envs(n_envs, single=sweep.single_test_envs):
+                    check_test_envs(test_envs, n_envs, dataset)
+                    for hparams_seed in range(sweep.n_hparams_from, sweep.n_hparams):
+                        yield TrainArgs(
+                            dataset=dataset,
+                            algorithm=algorithm,
+                            task=sweep.task,
+                            hparams=json.dumps(own, sort_keys=True) if own else None,
+                            hparams_seed=hparams_seed,
+                            trial_seed=trial_seed,
+                            seed=host.misc.seed_hash(dataset, test_envs, trial_seed),
+                            steps=sweep.steps,
+                            checkpoint_freq=sweep.checkpoint_freq,
+                            test_envs=test_envs,
+                            data_dir=sweep.data_dir,
+                            holdout_fraction=sweep.holdout_fraction,
+                            uda_holdout_fraction=sweep.uda_holdout_fraction,
+                            skip_model_save=sweep.skip_model_save,
+                            host=sweep.host,
+                            device=sweep.device,
+                            precision=sweep.precision,
+                        )
+
+
+def list_test_envs(n_envs: int, *, single: bool) -> list[list[int]]:
+    """Return the sets of test environments of a sweep: each alone and, unless told otherwise, each pair.
+
+    Example:
+        >>> list_test_envs(3, single=False)
+        [[0], [0, 1], [0, 2], [1], [1, 2], [2]]
+    """
+    combinations = []
+    for i in range(n_envs):
+        combinations.append([i])
+        # A pair has to leave something to train on.
+        combinations += [] if single or n_envs < 3 else [[i, j] for j in range(i + 1, n_envs)]
+    return combinations
+
+
+def _plan_chain(host: plugin.Host, sweep: SweepArgs, student: TrainArgs) -> list[Job]:
+    """Return a student's job, then its teacher's, then that one's teacher's."""
+    root = Path(sweep.output_dir)
+    store = Path(sweep.teachers_dir) if sweep.teachers_dir else root / "teachers"
+    folder = md5(
+        json.dumps({k: v for k, v in asdict(student).items() if k not in _INCIDENTAL}, sort_keys=True).encode()
+    ).hexdigest()
+    args = replace(student, output_dir=str(root / folder), teachers_dir=str(store))
+    jobs = [Job("student", folder, args)]
+    while args.algorithm in hparams.TEACHER_KINDS:
+        user = hparams.parse_json(args.hparams)
+        resolved = resolve_hparams(host, args, user)
+        if resolved["teacher"] != "auto":
+            break
+        n_steps = args.steps or plugin.get_dataset_class(host, args.dataset).N_STEPS  # type: ignore[attr-defined]
+        job = plan_teacher(args.algorithm, resolved, make_request(args, n_steps), user, host, args.precision)
+        args = make_teacher_args(args, job.request, job.hparams, store / job.identity)
+        teacher = _name_folder(store / job.identity, root)
+        jobs[-1].needs.append(teacher)
+        jobs.append(Job("aft_teacher" if args.algorithm == "AFT" else "erm_teacher", teacher, args))
+    return jobs
+
+
+def _name_folder(folder: Path, root: Path) -> str:
+    inside = folder.resolve().is_relative_to(root.resolve())
+    return folder.resolve().relative_to(root.resolve()).as_posix() if inside else str(folder.resolve())

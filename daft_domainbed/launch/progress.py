@@ -1,0 +1,118 @@
+"""How a sweep is getting on: live bars on a terminal, plain lines elsewhere; always on standard error."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.text import Text
+
+from daft_domainbed.launch.plan import Job
+
+STAGE_NAMES = {"erm_teacher": "ERM teacher", "aft_teacher": "AFT teacher", "student": "student"}
+
+
+class SweepProgress:
+    """Shows stage, job, rate and time left; use as a context manager.
+
+    Args:
+        jobs: The whole plan.
+        n_done: How many of them were done before.
+        n_jobs: How many run at a time.
+        environments: Names of the environments by data set.
+        console: Where to show it; standard error by default.
+    """
+
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        n_done: int,
+        n_jobs: int,
+        environments: Mapping[str, Sequence[str]],
+        console: Console | None = None,
+    ) -> None:
+        self.console = console or Console(stderr=True)
+        self.environments, self.n_jobs = environments, n_jobs
+        self.total, self.finished = len(jobs), n_done
+        self.left: dict[str, int] = defaultdict(int)
+        self.seconds: dict[str, list[float]] = defaultdict(list)
+        self.began: dict[str, tuple[float, int | None]] = {}
+        self.tasks: dict[str, Any] = {}
+        self.bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.overall = self.bars.add_task("all jobs", total=self.total, completed=n_done, note="")
+
+    def __enter__(self) -> SweepProgress:
+        self.bars.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.bars.stop()
+
+    def plan(self, jobs: Sequence[Job]) -> None:
+        """Take note of the jobs that are still to be run."""
+        for job in jobs:
+            self.left[_get_kind(job)] += 1
+
+    def start(self, job: Job) -> None:
+        """Show a job that was started."""
+        self.tasks[job.folder] = self.bars.add_task(f"  {self.describe(job)}", total=None, note="starting")
+        self.began[job.folder] = (time.monotonic(), None)
+
+    def advance(self, job: Job, step: int, n_steps: int) -> None:
+        """Show how far a job is, and how fast."""
+        began, first = self.began[job.folder]
+        if first is None:
+            self.began[job.folder] = (time.monotonic(), step)
+            rate = ""
+        else:
+            elapsed = time.monotonic() - began
+            rate = f"{(step - first) / elapsed:.1f} steps/s" if elapsed > 0 else ""
+        self.bars.update(self.tasks[job.folder], completed=step, total=n_steps, note=rate)
+
+    def end(self, job: Job, failure: str | None, seconds: float) -> None:
+        """Say how a job ended, and how long the rest may take."""
+        self.finished += 1
+        kind = _get_kind(job)
+        self.left[kind] -= 1
+        if failure is None:
+            self.seconds[kind].append(seconds)
+        if job.folder in self.tasks:
+            self.bars.remove_task(self.tasks.pop(job.folder))
+        note = self.estimate_time_left()
+        self.bars.update(self.overall, completed=self.finished, note=note)
+        outcome = f"done in {seconds:.0f} s" if failure is None else f"FAILED: {failure}"
+        line = f"[{self.finished}/{self.total}] {self.describe(job)}: {outcome}" + (f"; {note}" if note else "")
+        self.console.print(Text(line), soft_wrap=True)
+
+    def estimate_time_left(self) -> str:
+        """Return the time left, from the mean time of finished jobs of each kind; nothing while a kind has none."""
+        kinds = [kind for kind, count in self.left.items() if count > 0]
+        if not kinds or any(not self.seconds[kind] for kind in kinds):
+            return ""
+        work = sum(self.left[kind] * sum(self.seconds[kind]) / len(self.seconds[kind]) for kind in kinds)
+        minutes = work / self.n_jobs / 60
+        return f"about {minutes:.0f} min left" if minutes >= 1.5 else f"about {minutes * 60:.0f} s left"
+
+    def describe(self, job: Job) -> str:
+        """Return a job's name: stage, held-out environments, trial, draw."""
+        names = self.environments[job.args.dataset]
+        held_out = " and ".join(names[i] for i in job.args.test_envs)
+        what = f"{job.args.algorithm} student" if job.stage == "student" else STAGE_NAMES[job.stage]
+        draw = f", draw {job.args.hparams_seed}" if job.args.hparams_seed else ""
+        return f"{what}, {held_out} held out, trial {job.args.trial_seed}{draw}"
+
+
+def _get_kind(job: Job) -> str:
+    """Jobs of one kind take about the same time."""
+    return f"{job.stage} {job.args.algorithm} {job.args.dataset}"
