@@ -24,6 +24,7 @@ from daft_domainbed.errors import RunError, UsageError
 from daft_domainbed.loaders import make_eval_stream, make_stream
 from daft_domainbed.precision import Precision, check_precision
 from daft_domainbed.provenance import Request, RunFacts
+from daft_domainbed.teacher import PROVENANCE
 
 RESUME_FILE = "resume.pt"
 RECORDS_FILE = "results.jsonl"
@@ -344,12 +345,20 @@ class _Data:
     out_splits: list[Any]
     uda_splits: list[Any]
 
+    def list_splits(self) -> list[tuple[Any, Any]]:
+        """Return the in- and the out-split of every environment."""
+        return list(zip(self.in_splits, self.out_splits, strict=True))
+
 
 def _build_data(
     host: plugin.Host, request: Request, hparams_: Mapping[str, Any], dataset_class: Any
 ) -> _Data:
-    """Build a data set and split every environment, as DomainBed does."""
-    dataset = dataset_class(request.data_dir, list(request.test_envs), hparams_)
+    """Build a data set and split every environment."""
+    return _split(host, request, dataset_class(request.data_dir, list(request.test_envs), hparams_))
+
+
+def _split(host: plugin.Host, request: Request, dataset: Any) -> _Data:
+    """Split every environment of a data set as DomainBed does; draws nothing from the global generators."""
     in_splits, out_splits, uda_splits = [], [], []
     for i, env in enumerate(dataset):
         seed = host.misc.seed_hash(request.trial_seed, i)
@@ -422,7 +431,7 @@ class _Run:
         if args.task == "domain_adaptation" and not self.data.uda_splits:
             raise UsageError("--task domain_adaptation needs unlabelled images: give --uda_holdout_fraction above 0")
         self._make_streams()
-        self.facts = self._gather_facts()
+        self.facts = _gather_facts(args, self.host, self.request, self.data, self.hparams, self.folder, self.log.warn)
         if saved is not None:
             self._check_data(saved)
         dataset = self.data.dataset
@@ -460,49 +469,6 @@ class _Run:
             for part, splits in (("in", data.in_splits), ("out", data.out_splits), ("uda", data.uda_splits))
             for i, split in enumerate(splits)
         }
-
-    def _gather_facts(self) -> RunFacts:
-        args, data = self.args, self.data
-        store = Path(args.teachers_dir) if args.teachers_dir else self.folder.resolve().parent / "teachers"
-
-        def train_teacher(request: Request, user: dict[str, Any], folder: Path) -> None:
-            self.log.warn(f"{args.algorithm} needs a teacher: training {request.algorithm} in {folder}")
-            train(make_teacher_args(args, request, user, folder), quiet=True, wait=True)
-
-        def rebuild(theirs: Mapping[str, Any]) -> dict[str, Any]:
-            request = replace(
-                self.request,
-                **{
-                    name: theirs.get(name, getattr(self.request, name))
-                    for name in ("dataset", "trial_seed", "seed", "holdout_fraction", "task", "uda_holdout_fraction")
-                },
-                test_envs=tuple(theirs["test_envs"]),
-            )
-            with streams.preserve_states():
-                streams.seed_everything(request.seed)
-                dataset_class = plugin.get_dataset_class(self.host, request.dataset)
-                other = _build_data(self.host, request, self.hparams, dataset_class)
-            return provenance.describe(
-                request,
-                other.dataset.num_classes,
-                other.dataset.input_shape,
-                list(zip(other.in_splits, other.out_splits, strict=True)),
-            )
-
-        return RunFacts(
-            request=self.request,
-            user_hparams=self.job.user_hparams,
-            num_classes=data.dataset.num_classes,
-            input_shape=tuple(data.dataset.input_shape),
-            input_spec=plugin.get_input_spec(data.dataset),
-            splits=list(zip(data.in_splits, data.out_splits, strict=True)),
-            host=self.host,
-            output_dir=self.folder.resolve(),
-            teachers_dir=store,
-            train=train_teacher,
-            rebuild=rebuild,
-            precision=args.precision,
-        )
 
     def _check_data(self, saved: Mapping[str, Any]) -> None:
         differences = provenance.compare(saved["provenance"], self.facts.provenance)
@@ -683,6 +649,72 @@ class _Run:
         self._save_model("model.pkl")
         checkpoints.write_text(self.folder / "done", "done")
         (self.folder / RESUME_FILE).unlink(missing_ok=True)
+
+
+def _gather_facts(
+    args: TrainArgs,
+    host: plugin.Host,
+    request: Request,
+    data: _Data,
+    hparams_: Mapping[str, Any],
+    folder: Path,
+    warn: Callable[[str], None],
+) -> RunFacts:
+    """Return what a run's algorithm has to know to find, make and check its teacher."""
+    store = Path(args.teachers_dir) if args.teachers_dir else folder.resolve().parent / "teachers"
+
+    def train_teacher(teacher: Request, user: dict[str, Any], teacher_folder: Path) -> None:
+        warn(f"{args.algorithm} needs a teacher: training {teacher.algorithm} in {teacher_folder}")
+        train(make_teacher_args(args, teacher, user, teacher_folder), quiet=True, wait=True)
+
+    def rebuild(theirs: Mapping[str, Any]) -> dict[str, Any]:
+        names = ("dataset", "trial_seed", "seed", "holdout_fraction", "task", "uda_holdout_fraction")
+        values = {name: theirs.get(name, getattr(request, name)) for name in names}
+        other = replace(request, **values, test_envs=tuple(theirs["test_envs"]), data_seed=None)
+        with streams.preserve_states():
+            streams.seed_everything(other.seed)
+            its = _build_data(host, other, hparams_, plugin.get_dataset_class(host, other.dataset))
+        return provenance.describe(other, its.dataset.num_classes, its.dataset.input_shape, its.list_splits())
+
+    return RunFacts(
+        request=request,
+        user_hparams=hparams.parse_json(args.hparams),
+        num_classes=data.dataset.num_classes,
+        input_shape=tuple(data.dataset.input_shape),
+        input_spec=plugin.get_input_spec(data.dataset),
+        splits=data.list_splits(),
+        host=host,
+        output_dir=folder.resolve(),
+        teachers_dir=store,
+        train=train_teacher,
+        rebuild=rebuild,
+        precision=args.precision,
+    )
+
+
+def follow_upstream_run(args: TrainArgs) -> Callable[[Any, Mapping[str, Any]], None]:
+    """Return what gathers the facts of a run of upstream's own loop, to be called when its data set has been built.
+
+    From then on its algorithm can find, make and check a teacher; the run's provenance, which upstream's checkpoint
+    cannot carry, lies beside it in `provenance.json`.
+
+    Raises:
+        UsageError: From the returned function, where upstream would wait for ever for a batch that does not come.
+    """
+    host = plugin.find_host("upstream")
+
+    def built(dataset: Any, hparams_: Mapping[str, Any]) -> None:
+        request = make_request(args, args.steps or dataset.N_STEPS)
+        data = _split(host, request, dataset)
+        _check_sizes(data, args, hparams_, type(dataset).ENVIRONMENTS)
+        folder = Path(args.output_dir)
+        facts = _gather_facts(
+            args, host, request, data, hparams_, folder, lambda text: print(text, file=sys.stderr, flush=True)
+        )
+        checkpoints.write_text(folder / PROVENANCE, json.dumps(facts.provenance, sort_keys=True) + "\n")
+        provenance.set_run_facts(facts)
+
+    return built
 
 
 def make_request(args: TrainArgs, n_steps: int) -> Request:

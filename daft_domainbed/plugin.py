@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -262,3 +263,56 @@ def is_seeded(dataset_class: type) -> bool:
 
 def _has_ancestor(kind: type | None, name: str) -> bool:
     return kind is not None and any(ancestor.__name__ == name for ancestor in kind.__mro__)
+
+
+# --- an unmodified upstream module, run as it stands ----------------------------------------------------------------
+
+
+def add_folder_dataset(host: Host, name: str) -> None:
+    """Make a `folder:PATH` data set findable in every way that upstream's scripts look one up."""
+    undo = _undo[host.name]
+    dataset_class = host.datasets.get_dataset_class(name)
+    _set(host.datasets, name, dataset_class, undo)
+    _append(host.datasets.DATASETS, name, undo)
+
+
+def watch_dataset(host: Host, name: str, built: Callable[[Any, Mapping[str, Any]], None]) -> None:
+    """Have a callback told of each data set of a class when upstream's own loop has built it.
+
+    Args:
+        host: Registered.
+        name: Of the data set's class.
+        built: Given the data set and the hyperparameters that it was built with.
+    """
+    original = get_dataset_class(host, name)
+
+    class Watched(original):  # type: ignore[misc, valid-type]
+        __doc__ = original.__doc__
+
+        def __init__(self, root: str | None, test_envs: list[int], hparams: Mapping[str, Any]) -> None:
+            super().__init__(root, test_envs, hparams)
+            built(self, hparams)
+
+    Watched.__name__ = Watched.__qualname__ = original.__name__
+    _set(host.datasets, name, Watched, _undo[host.name])
+
+
+def redirect_launchers(host: Host, command: str) -> None:
+    """Have every launcher of upstream's sweep, the user's own too, start `command` where it started a python module."""
+    launchers = importlib.import_module("domainbed.command_launchers")
+
+    def redirect(launch: Callable[[list[str]], Any]) -> Callable[[list[str]], Any]:
+        @functools.wraps(launch)
+        def launch_redirected(commands: list[str]) -> Any:
+            # The text behind the prefix stays as it is, with all its quoting.
+            return launch([_PYTHON_MODULE.sub(lambda _: f"{command} ", text, count=1) for text in commands])
+
+        return launch_redirected
+
+    redirected = {name: redirect(launch) for name, launch in launchers.REGISTRY.items()}
+    original = dict(launchers.REGISTRY)
+    launchers.REGISTRY.update(redirected)
+    _undo[host.name].append(functools.partial(launchers.REGISTRY.update, original))
+
+
+_PYTHON_MODULE = re.compile(r"^python\s+-m\s+")

@@ -101,6 +101,11 @@ def run_in_progress(facts: RunFacts) -> Iterator[None]:
         _current.pop()
 
 
+def set_run_facts(facts: RunFacts) -> None:
+    """Make the facts known for the rest of the process, which is one run of upstream's own loop."""
+    _current[:] = [facts]
+
+
 def get_run_facts() -> RunFacts | None:
     """Return the facts of the innermost run in progress, or None."""
     return _current[-1] if _current else None

@@ -1,6 +1,6 @@
-"""Check this installation: versions, hosts, GPU, data folders, and the command that mends what is missing.
+"""Check this installation and say what is missing, with the command that mends it.
 
-Exit status 0 if the embedded host can run, 1 if something that it needs is broken.
+Looks at versions, processor, GPU, both hosts and the data folders. Exit status 0 if the embedded host can run, else 1.
 
 Example:
     daft-domainbed doctor

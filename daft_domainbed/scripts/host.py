@@ -1,0 +1,101 @@
+"""Run a module of your own, unmodified DomainBed with everything of ours registered.
+
+The clone at DOMAINBED_ROOT (or `domainbed` on the import path) runs as it stands, in this process; commands that its
+sweep hands to any launcher become `host` commands too.
+
+Example:
+    daft-domainbed host domainbed.scripts.train --data_dir data --dataset PACS --algorithm DAFT --test_envs 0
+    daft-domainbed host domainbed.scripts.sweep launch --data_dir data --output_dir sweep --command_launcher local
+    daft-domainbed host domainbed.scripts.collect_results --input_dir sweep
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import runpy
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from daft_domainbed.cli import ArgumentParser, run_command
+from daft_domainbed.errors import UsageError
+
+TRAIN, SWEEP = "domainbed.scripts.train", "domainbed.scripts.sweep"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of `host`."""
+    parser = ArgumentParser(prog="daft-domainbed host", doc=__doc__)
+    parser.add_argument("module", help="such as domainbed.scripts.train")
+    parser.add_argument("args", nargs=argparse.REMAINDER, help="its own arguments")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the module as `__main__`."""
+    args = build_parser().parse_args(argv)
+
+    from daft_domainbed import hparams, plugin
+
+    host = plugin.find_host("upstream")
+    if not args.module.startswith("domainbed.") or importlib.util.find_spec(args.module) is None:
+        raise UsageError(f"no module {args.module!r} in DomainBed: name one such as {TRAIN}")
+    plugin.register(host)
+    known, _ = _build_upstream_parser().parse_known_args(args.args)
+    for name in [*known.datasets, known.dataset]:
+        if name.startswith("folder:"):
+            plugin.add_folder_dataset(host, name)
+    user = hparams.parse_json(known.hparams)
+    _check_hparams(host, known, user)
+    if args.module == TRAIN and known.algorithm in hparams.TEACHER_KINDS:
+        _watch_training(host, args.args)
+    if args.module == SWEEP:
+        plugin.redirect_launchers(host, f"{shlex.quote(sys.executable)} -m daft_domainbed.scripts.host")
+    sys.argv = [args.module, *args.args]
+    with plugin.assuming(user):
+        runpy.run_module(args.module, run_name="__main__", alter_sys=True)
+    return 0
+
+
+def _build_upstream_parser() -> argparse.ArgumentParser:
+    """Return a parser of what has to be known of upstream's arguments beforehand; upstream parses them itself."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--dataset", default="RotatedMNIST")
+    parser.add_argument("--datasets", nargs="+", default=[])
+    parser.add_argument("--algorithm", default="ERM")
+    parser.add_argument("--algorithms", nargs="+", default=[])
+    parser.add_argument("--hparams")
+    return parser
+
+
+def _check_hparams(host: Any, known: argparse.Namespace, user: dict[str, Any]) -> None:
+    """Refuse what upstream would take in silence: a hyperparameter that no registered algorithm knows."""
+    from daft_domainbed import hparams, plugin
+
+    if not user:
+        return
+    for dataset in known.datasets or [known.dataset]:
+        plugin.get_dataset_class(host, dataset)
+        names: set[str] = set()
+        for algorithm in host.algorithms.ALGORITHMS:
+            names |= plugin.get_default_hparams(host, algorithm, dataset, user).keys()
+        hparams.check_names(user, names, ["any registered algorithm"])
+        for algorithm in known.algorithms or [known.algorithm]:
+            hparams.check_values(user, plugin.get_default_hparams(host, algorithm, dataset, user))
+
+
+def _watch_training(host: Any, arguments: Sequence[str]) -> None:
+    """Let the algorithm of upstream's own loop know its run, without which no teacher can be checked."""
+    from daft_domainbed import plugin
+    from daft_domainbed.engine import TrainArgs, follow_upstream_run
+    from daft_domainbed.scripts.train import build_parser as build_train_parser
+
+    args = build_train_parser().parse_args(arguments)
+    values = vars(args) | {"host": "upstream"}
+    plugin.watch_dataset(host, args.dataset, follow_upstream_run(TrainArgs(**values)))
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("host"))
