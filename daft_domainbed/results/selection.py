@@ -1,0 +1,113 @@
+"""Model selection: DomainBed's three rules ("In Search of Lost Domain Generalization", Gulrajani & Lopez-Paz, 2021).
+
+A rule looks at the runs of one data set, algorithm, held-out domain and trial, and chooses a run (its hyperparameters)
+and a checkpoint. The number reported is that checkpoint's accuracy on the in-split of the held-out domain. Only runs
+that hold out this domain alone are candidates; runs that hold out a pair of domains serve leave-one-domain-out
+cross-validation, as validation and never as a result.
+
+Ties are broken as DomainBed breaks them: the earliest step of a run; of several runs the highest hparams_seed (it sorts
+ascending by validation accuracy and reverses).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from daft_domainbed.results.records import Run
+
+IN, OUT = 0, 1
+
+
+class Choice(NamedTuple):
+    """A chosen checkpoint: its place in its run, the accuracy that chose it and the one it is chosen for, fractions."""
+
+    run: Run
+    at: int
+    val_acc: float
+    test_acc: float
+
+    @property
+    def step(self) -> int:
+        """Step of the checkpoint."""
+        return int(self.run.steps[self.at])
+
+
+class Group(NamedTuple):
+    """Runs of one group compete for one trial's number in a cell of the table."""
+
+    dataset: str
+    algorithm: str
+    test_env: int
+    trial_seed: int
+
+
+def group_runs(runs: Iterable[Run]) -> dict[Group, list[Run]]:
+    """Group runs by data set, algorithm, held-out domain and trial; a pair of held-out domains is in two groups."""
+    groups: dict[Group, list[Run]] = {}
+    for run in runs:
+        for env in run.key.test_envs:
+            groups.setdefault(Group(run.key.dataset, run.key.algorithm, env, run.key.trial_seed), []).append(run)
+    return groups
+
+
+def choose(selection: str, runs: Sequence[Run], test_env: int) -> Choice | None:
+    """Choose among the runs of a group; None where the rule has nothing to choose from.
+
+    Args:
+        selection: A key of SELECTIONS.
+        runs: The runs of one group, pairs included.
+        test_env: The held-out domain.
+    """
+    candidates = [run for run in runs if run.key.test_envs == (test_env,) and run.n_envs > 1]
+    choices = (SELECTIONS[selection](run, runs) for run in sorted(candidates, key=lambda run: -run.key.hparams_seed))
+    return max((choice for choice in choices if choice), key=lambda choice: choice.val_acc, default=None)
+
+
+def choose_by_training_domains(run: Run, runs: Sequence[Run]) -> Choice:
+    """Training-domain validation: the checkpoint with the best mean out-split accuracy over the training domains."""
+    val_accs = np.delete(run.accs[:, :, OUT], run.key.test_envs, axis=1).mean(axis=1)
+    return _take(run, int(val_accs.argmax()), val_accs)
+
+
+def choose_by_oracle(run: Run, runs: Sequence[Run]) -> Choice:
+    """Test-domain validation (oracle): the last checkpoint, valued by its out-split accuracy on the held-out domain."""
+    return _take(run, -1, run.accs[:, run.key.test_envs[0], OUT])
+
+
+def choose_by_left_out_domains(run: Run, runs: Sequence[Run]) -> Choice | None:
+    """Leave-one-domain-out cross-validation over the training domains, step by step.
+
+    The value of a step is the mean, over the training domains, of the accuracy on a domain's in-split of the run (same
+    hyperparameters, same step) that had it held out beside the test domain. Steps that a pair lacks are no candidates.
+    """
+    (test_env,) = run.key.test_envs
+    pairs = {
+        next(env for env in other.key.test_envs if env != test_env): other
+        for other in runs
+        if len(other.key.test_envs) == 2 and other.key.hparams_seed == run.key.hparams_seed
+    }
+    train_envs = [env for env in range(run.n_envs) if env != test_env]
+    if not pairs.keys() >= set(train_envs):
+        return None
+    shared = set(run.steps.tolist()).intersection(*(pairs[env].steps.tolist() for env in train_envs))
+    if not shared:
+        return None
+    accs = [pairs[env].accs[np.isin(pairs[env].steps, list(shared)), env, IN] for env in train_envs]
+    val_accs = np.full(len(run.steps), -np.inf)
+    val_accs[np.isin(run.steps, list(shared))] = np.stack(accs, axis=1).mean(axis=1)
+    return _take(run, int(val_accs.argmax()), val_accs)
+
+
+def _take(run: Run, index: int, val_accs: np.ndarray) -> Choice:
+    index %= len(run.steps)
+    return Choice(run, index, float(val_accs[index]), float(run.accs[index, run.key.test_envs[0], IN]))
+
+
+SELECTIONS: dict[str, Callable[[Run, Sequence[Run]], Choice | None]] = {
+    "training-domain": choose_by_training_domains,
+    "leave-one-domain-out": choose_by_left_out_domains,
+    "oracle": choose_by_oracle,
+}
