@@ -26,6 +26,10 @@ class InputSpec:
     std: tuple[float, ...] = (1.0,)
     has_box: bool = True
 
+    def get_mean(self, like: Tensor) -> Tensor:
+        """Return mean shaped to broadcast over images, [1, C, 1, 1]."""
+        return torch.tensor(self.mean, dtype=like.dtype, device=like.device).view(1, -1, 1, 1)
+
     def get_std(self, like: Tensor) -> Tensor:
         """Return std shaped to broadcast over images, [1, C, 1, 1]."""
         return torch.tensor(self.std, dtype=like.dtype, device=like.device).view(1, -1, 1, 1)
@@ -34,8 +38,8 @@ class InputSpec:
         """Return the images of pixel values 0 and 1, [1, C, 1, 1] each, or None where nothing bounds the input."""
         if not self.has_box:
             return None
-        mean = torch.tensor(self.mean, dtype=like.dtype, device=like.device).view(1, -1, 1, 1)
-        return (0 - mean) / self.get_std(like), (1 - mean) / self.get_std(like)
+        mean, std = self.get_mean(like), self.get_std(like)
+        return (0 - mean) / std, (1 - mean) / std
 
 
 INPUT_SPECS = {
@@ -49,7 +53,10 @@ def scale_to_norm(delta: Tensor, norm: Norm) -> Tensor:
     """Return the steepest-ascent direction of a gradient: unit norm a sample, zero where the gradient is zero."""
     if norm == "linf":
         return delta.sign()
-    return delta / get_norms(delta, "l2").clamp_min(torch.finfo(delta.dtype).tiny)
+    tiny = torch.finfo(delta.dtype).tiny
+    # The squares of a confident sample's gradient would underflow, so its largest entry becomes 1 first.
+    delta = delta / get_norms(delta, "linf").clamp_min(tiny)
+    return delta / get_norms(delta, "l2").clamp_min(tiny)
 
 
 def get_norms(delta: Tensor, norm: Norm) -> Tensor:
@@ -68,7 +75,7 @@ def project(delta: Tensor, eps: float | Tensor, norm: Norm) -> Tensor:
                 [0.3000, 0.4000]])
     """
     if norm == "linf":
-        return delta.clamp(-eps, eps)
+        return delta.clamp(-eps, eps)  # type: ignore[arg-type]  # an overload for each type of eps
     norms = get_norms(delta, "l2")
     return torch.where(norms > eps, delta * (eps / norms.clamp_min(torch.finfo(delta.dtype).tiny)), delta)
 
@@ -125,7 +132,7 @@ def run_pgd(
 
     def move_inside(delta: Tensor) -> Tensor:
         """Map a perturbation in pixel units to an input inside ball and box."""
-        perturbed = x + project(delta, eps, norm) * std
+        perturbed = x + project(delta, eps, norm) / std
         # The box holds x, so clamping only ever shortens a perturbation.
         return perturbed if box is None else torch.minimum(torch.maximum(perturbed, box[0]), box[1])
 
@@ -137,5 +144,5 @@ def run_pgd(
             (gradient,) = torch.autograd.grad(loss(x_adv), x_adv)
         # d loss / d pixel = d loss / d input / std: the direction, too, has to be the pixels'.
         ascent = scale_to_norm(gradient / std, norm) * step_size
-        x_adv = move_inside((x_adv.detach() - x) / std + ascent)
+        x_adv = move_inside((x_adv.detach() - x) * std + ascent)
     return x_adv.detach()

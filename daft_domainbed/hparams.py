@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -14,6 +15,7 @@ from daft_domainbed.errors import UsageError, suggest
 
 DISTILLING = frozenset({"KD", "DAFT"})
 TEACHER_KINDS = {"AFT": "ERM", "KD": "ERM", "DAFT": "AFT"}  # whose teacher, made by which algorithm
+OURS = frozenset(TEACHER_KINDS)
 _SMALL_SIDES = (28, 32)
 _LARGEST_SMALL_FOLDER = 64
 
@@ -51,7 +53,7 @@ def _one_of(*choices: Any) -> Check:
     return lambda value: None if value in choices else "one of " + ", ".join(json.dumps(c) for c in choices)
 
 
-def _number(low: float, high: float = float("inf"), *, open_low: bool = False, integer: bool = False) -> Check:
+def _number(low: float, high: float = sys.float_info.max, *, open_low: bool = False, integer: bool = False) -> Check:
     kind = "an integer" if integer else "a number"
     bounds = f"{'above' if open_low else 'of at least'} {low:g}" + (f" and at most {high:g}" if high < 1e300 else "")
 
@@ -79,7 +81,7 @@ def _is_eps(value: Any) -> str | None:
     hint = 'a radius of at least 0: a number, a fraction such as "4/255", "auto" or "auto*1/2"'
     try:
         radius = parse_eps(value, auto=1.0) if isinstance(value, str | int | float) else -1.0
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, ZeroDivisionError, OverflowError):
         return hint
     return None if 0 <= radius < float("inf") and not isinstance(value, bool) else hint
 
@@ -95,10 +97,13 @@ TABLE: dict[str, Hparam] = {
     "backbone": Hparam(None, "default", _is_text),
     "weights": Hparam(None, "pretrained", _is_text),
     "backbone_frozen": Hparam(None, False, _is_bool),
+    "backbone_input_size": Hparam(None, "auto", _or_auto(_number(8, integer=True))),
+    "pixels": Hparam(None, "imagenet", _one_of("imagenet", "unit", "none")),
     "teacher": Hparam(_TAUGHT, "auto", _is_text),
     "teacher_backbone": Hparam(_TAUGHT, "resnet50", _is_text),
     "teacher_weights": Hparam(_TAUGHT, "pretrained", _is_text),
     "teacher_frozen": Hparam(_TAUGHT, False, _is_bool),
+    "teacher_input_size": Hparam(_TAUGHT, "auto", _or_auto(_number(8, integer=True))),
     "teacher_steps": Hparam(_TAUGHT, "auto", _or_auto(_number(1, integer=True))),
     "kd_weight": Hparam(DISTILLING, 0.7, _number(0, 1), lambda random: float(random.uniform(0.5, 1.0))),
     "kd_temperature": Hparam(DISTILLING, 4.0, _number(0, open_low=True), _pick(1.0, 2.0, 4.0, 5.0, 10.0)),
@@ -128,6 +133,7 @@ def build_hparams(
     algorithm: str,
     dataset: str,
     input_shape: tuple[int, ...] | None,
+    pixels: str,
     draw_random: Callable[[str], np.random.RandomState],
 ) -> dict[str, tuple[Any, Any]]:
     """Return our (default, random draw) pairs for an algorithm on a data set.
@@ -136,11 +142,14 @@ def build_hparams(
         algorithm: Name of any of the host's algorithms, or one of ours.
         dataset: Name, as given to `--dataset`.
         input_shape: (C, H, W) of the data set, or None where only the instance knows it.
+        pixels: How the data set normalises its images, one of INPUT_SPECS.
         draw_random: Maps a hyperparameter's name to its random state, as the host seeds it.
     """
     side = input_shape[-1] if input_shape is not None else None
     is_small = side in _SMALL_SIDES or (dataset.startswith("folder:") and side is not None and is_small_folder(side))
     defaults = {name: hparam.default for name, hparam in TABLE.items() if _belongs(name, algorithm, dataset)}
+    if "pixels" in defaults:
+        defaults["pixels"] = pixels
     is_odd = is_small and side not in _SMALL_SIDES  # a size for which the host has no featurizer
     if (dataset.startswith("EmojiStyles") or is_odd) and "backbone" in defaults:
         defaults["backbone"] = "resnet8_w8"
@@ -153,6 +162,16 @@ def build_hparams(
     return pairs
 
 
+def add_algorithm(name: str, like: str) -> None:
+    """Give an algorithm the hyperparameters and the kind of teacher that another one has."""
+    _like[name] = like
+    if like in TEACHER_KINDS:
+        TEACHER_KINDS[name] = TEACHER_KINDS[like]
+
+
+_like: dict[str, str] = {}
+
+
 def is_small_folder(side: int) -> bool:
     """Return whether a `folder:` data set of this side in pixels gets DomainBed's small-image defaults."""
     return side <= _LARGEST_SMALL_FOLDER
@@ -162,6 +181,7 @@ def _belongs(name: str, algorithm: str, dataset: str) -> bool:
     if name == "input_size":
         return dataset.startswith("folder:")
     algorithms = TABLE[name].algorithms
+    algorithm = _like.get(algorithm, algorithm)
     # An adversarially fine-tuned model has its teacher's architecture, so AFT has no backbone of its own to choose.
     return algorithm != "AFT" if algorithms is None else algorithm in algorithms
 
@@ -176,9 +196,9 @@ def parse_json(text: str | None) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(
-            f"--hparams {text!r} is not JSON ({error.msg} at character {error.pos}): write it as "
+            f"--hparams {text!r} is not JSON ({error}): write it as "
             f"""'{{"batch_size": 16, "backbone": "resnet18"}}'"""
         ) from error
     if not isinstance(value, dict):

@@ -89,7 +89,8 @@ class _LossScaler(TorchFunctionMode):
 
         def step_unscaled(*args: Any, **kwargs: Any) -> Any:
             gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            torch._foreach_mul_(gradients, 1 / self.scale)
+            if gradients:
+                torch._foreach_mul_(gradients, 1 / self.scale)
             if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
                 self.scale, self.good_steps = self.scale / 2, 0
                 return None

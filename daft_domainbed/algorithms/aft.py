@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +22,7 @@ else:
 
 
 # What fine-tuning chooses for itself; everything else of an ERM is its architecture, which is the teacher's.
-_OWN_HPARAMS = ("lr", "weight_decay", "batch_size", "class_balanced", "data_augmentation")
+_OWN_HPARAMS = ("lr", "weight_decay", "batch_size", "class_balanced", "data_augmentation", "backbone_frozen")
 
 
 class AFT(ERM):
@@ -41,15 +41,14 @@ class AFT(ERM):
         With `aft_eps` 0 this is plain fine-tuning of the head on q, the control that isolates the adversary.
     """
 
-    def __init__(
-        self, input_shape: Sequence[int], num_classes: int, num_domains: int, hparams: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, input_shape: Sequence[int], num_classes: int, num_domains: int, hparams: dict[str, Any]) -> None:
+        resolved = resolve_aft(hparams)  # refuses what cannot be before a teacher is trained for it
         teacher = load_teacher("AFT", hparams)
         # The architecture is the teacher's; every weight comes from it, so none has to be downloaded.
         architecture = {name: value for name, value in teacher.hparams.items() if name not in _OWN_HPARAMS}
         super().__init__(input_shape, num_classes, num_domains, {**hparams, **architecture, "weights": "none"})
         self.network.load_state_dict(teacher.model.network.state_dict())
-        hparams.update(architecture | resolve_aft(hparams))  # type: ignore[attr-defined]
+        hparams.update(architecture | resolved)
         self.hparams = hparams
         self.teacher = teacher
 
@@ -57,8 +56,8 @@ class AFT(ERM):
         self.is_bound = self.attack == "features" and hparams["aft_attack_steps"] == 0
         if self.is_bound and not isinstance(self.classifier, nn.Linear):
             raise UsageError(
-                "aft_attack features with aft_attack_steps 0 is a bound for linear heads, and this teacher's classifier "
-                'is nonlinear: give "aft_attack_steps": 10'
+                "aft_attack features with aft_attack_steps 0 is a bound for linear heads, and this teacher's "
+                'classifier is nonlinear: give "aft_attack_steps": 10'
             )
         if self.scope == "head":
             freeze(self.featurizer)

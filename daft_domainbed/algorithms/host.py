@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 
 class ERM(nn.Module):
@@ -12,9 +11,9 @@ class ERM(nn.Module):
 
     hparams: dict[str, Any]
     featurizer: nn.Module
-    classifier: nn.Module
+    classifier: Any  # nn.Linear, or layers
     network: nn.Module
-    optimizer: Optimizer
+    optimizer: Any
 
     def __init__(
         self, input_shape: Sequence[int], num_classes: int, num_domains: int, hparams: Mapping[str, Any]
@@ -22,4 +21,4 @@ class ERM(nn.Module):
 
     def predict(self, x: Tensor) -> Tensor:
         """Return logits, [B, K]."""
-        ...
+        raise NotImplementedError

@@ -1,0 +1,348 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from daft_domainbed import hparams, plugin
+from daft_domainbed.errors import UsageError
+
+deterministic = settings(max_examples=100, deadline=None, derandomize=True)
+
+OURS = ("ERM", "KD", "DAFT", "AFT")
+NETWORK = {"backbone", "weights", "backbone_frozen", "backbone_input_size", "pixels"}
+TEACHER = {
+    "teacher", "teacher_backbone", "teacher_weights", "teacher_frozen", "teacher_input_size", "teacher_steps",
+}  # fmt: skip
+KD = {"kd_weight", "kd_temperature"}
+AFT = {
+    "aft_scope", "aft_attack", "aft_norm", "aft_eps", "aft_attack_steps", "aft_weight", "aft_target_mix",
+    "aft_target_temperature",
+}  # fmt: skip
+NAMES = {
+    "ERM": NETWORK,
+    "KD": NETWORK | TEACHER | KD,
+    "DAFT": NETWORK | TEACHER | KD | AFT | {"aft_steps"},
+    "AFT": TEACHER | AFT,
+}
+DEFAULTS = {
+    "backbone": "default", "weights": "pretrained", "backbone_frozen": False, "backbone_input_size": "auto",
+    "teacher": "auto", "teacher_weights": "pretrained", "teacher_frozen": False, "teacher_input_size": "auto",
+    "teacher_steps": "auto",
+    "kd_weight": 0.7, "kd_temperature": 4.0,
+    "aft_scope": "head", "aft_attack": "pixels", "aft_norm": "auto", "aft_eps": "auto", "aft_attack_steps": "auto",
+    "aft_weight": 1.0, "aft_target_mix": 0.5, "aft_target_temperature": 1.0, "aft_steps": "auto", "input_size": 224,
+}  # fmt: skip
+SETS = {  # the student's backbone, the ERM teacher's, what a pixel is
+    "EmojiStyles": ("resnet8_w8", "resnet8_w32", "unit"),
+    "EmojiStylesUnseen": ("resnet8_w8", "resnet8_w32", "unit"),
+    "ColoredDigits": ("default", "resnet8_w32", "unit"),
+    "ColoredMNIST": ("default", "resnet8_w32", "unit"),
+    "RotatedMNIST": ("default", "resnet8_w32", "unit"),
+    "Debug28": ("default", "resnet8_w32", "none"),
+    "Debug224": ("default", "resnet50", "none"),
+    "PACS": ("default", "resnet50", "imagenet"),
+    "VLCS": ("default", "resnet50", "imagenet"),
+    "OfficeHome": ("default", "resnet50", "imagenet"),
+    "TerraIncognita": ("default", "resnet50", "imagenet"),
+    "DomainNet": ("default", "resnet50", "imagenet"),
+}
+
+
+@pytest.fixture
+def host() -> Iterator[plugin.Host]:
+    host = plugin.find_host()
+    plugin.register(host)
+    yield host
+    plugin.unregister(host)
+
+
+def get_ours(host: plugin.Host, algorithm: str, dataset: str, **user: Any) -> dict[str, Any]:
+    found = plugin.get_default_hparams(host, algorithm, dataset, user)
+    return {name: value for name, value in found.items() if name in hparams.TABLE}
+
+
+# --- defaults ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dataset", SETS)
+@pytest.mark.parametrize("algorithm", OURS)
+def test_defaults_are_the_specified_ones(host: plugin.Host, algorithm: str, dataset: str) -> None:
+    special = dict(zip(("backbone", "teacher_backbone", "pixels"), SETS[dataset], strict=True))
+    expected = {name: special.get(name, DEFAULTS.get(name)) for name in NAMES[algorithm]}
+    found = get_ours(host, algorithm, dataset)
+    assert found == expected
+    assert {name: type(value) for name, value in found.items()} == {n: type(v) for n, v in expected.items()}
+
+
+@pytest.mark.parametrize(
+    ("side", "student", "teacher"),
+    [
+        (224, "default", "resnet50"),
+        (128, "default", "resnet50"),
+        (65, "default", "resnet50"),
+        (64, "resnet8_w8", "resnet8_w32"),  # no default network takes this size
+        (32, "default", "resnet8_w32"),
+        (28, "default", "resnet8_w32"),
+        (16, "resnet8_w8", "resnet8_w32"),
+    ],
+)
+def test_defaults_of_a_folder_follow_its_input_size(host: plugin.Host, side: int, student: str, teacher: str) -> None:
+    user = {} if side == 224 else {"input_size": side}
+    found = get_ours(host, "KD", "folder:somewhere", **user)
+    assert (found["backbone"], found["teacher_backbone"], found["input_size"]) == (student, teacher, 224)
+    assert found["pixels"] == "imagenet"
+    assert found.keys() == NAMES["KD"] | {"input_size"}
+
+
+def test_any_algorithm_of_the_host_gets_the_networks_hyperparameters() -> None:
+    for algorithm in ("IRM", "CORAL"):
+        pairs = hparams.build_hparams(
+            algorithm, "PACS", (3, 224, 224), "imagenet", lambda name: np.random.RandomState(0)
+        )
+        expected = {name: {**DEFAULTS, "pixels": "imagenet"}[name] for name in NETWORK}
+        assert pairs == {name: (value, value) for name, value in expected.items()}
+
+
+def test_unknown_shapes_get_the_large_networks() -> None:
+    pairs = hparams.build_hparams("KD", "WILDSCamelyon", None, "imagenet", lambda name: np.random.RandomState(0))
+    assert pairs["teacher_backbone"][0] == "resnet50"
+
+
+@pytest.mark.parametrize("algorithm", OURS)
+def test_the_hosts_own_draws_stay_as_they_were(host: plugin.Host, algorithm: str) -> None:
+    draws = [host.hparams_registry.random_hparams(algorithm, "ColoredMNIST", seed) for seed in range(5)]
+    plugin.unregister(host)
+    for seed, draw in enumerate(draws):
+        own = host.hparams_registry.random_hparams(algorithm, "ColoredMNIST", seed)
+        assert own == {name: draw[name] for name in own}
+        assert not own.keys() & hparams.TABLE.keys()
+
+
+# --- random draws ------------------------------------------------------------------------------------------------
+
+
+def draw_many(host: plugin.Host, algorithm: str, dataset: str, n: int = 200) -> list[dict[str, Any]]:
+    return [plugin.get_random_hparams(host, algorithm, dataset, {}, seed) for seed in range(n)]
+
+
+def test_random_draws_have_the_specified_ranges(host: plugin.Host) -> None:
+    draws = draw_many(host, "DAFT", "EmojiStyles")
+    defaults = plugin.get_default_hparams(host, "DAFT", "EmojiStyles", {})
+    weights = np.array([draw["kd_weight"] for draw in draws])
+    assert weights.min() >= 0.5
+    assert weights.max() <= 1.0
+    assert weights.mean() == pytest.approx(0.75, abs=0.04)  # uniform: standard error 0.01
+    seen = {
+        name: {draw[name] for draw in draws}
+        for name in ("kd_temperature", "aft_eps", "aft_weight", "aft_target_mix", "batch_size")
+    }
+    sizes = seen.pop("batch_size")
+    assert seen == {
+        "kd_temperature": {1.0, 2.0, 4.0, 5.0, 10.0},
+        "aft_eps": {0.0, "auto*1/4", "auto*1/2", "auto", "auto*2"},
+        "aft_weight": {0.5, 1.0},
+        "aft_target_mix": {0.0, 0.5, 1.0},
+    }
+    assert min(sizes) >= 8
+    assert max(sizes) < 128
+    drawn = {"kd_weight", "kd_temperature", "aft_eps", "aft_weight", "aft_target_mix", "lr", "batch_size"}
+    for name in (NAMES["DAFT"] | {"data_augmentation"}) - drawn:
+        assert {draw[name] for draw in draws} == {defaults[name]}
+
+
+@pytest.mark.parametrize("dataset", ["EmojiStyles", "ColoredDigits", "ColoredMNIST", "PACS"])
+@pytest.mark.parametrize("algorithm", OURS)
+def test_random_draws_are_legal_and_of_plain_types(host: plugin.Host, algorithm: str, dataset: str) -> None:
+    defaults = plugin.get_default_hparams(host, algorithm, dataset, {})
+    for draw in draw_many(host, algorithm, dataset, 20):
+        assert draw.keys() == defaults.keys()
+        assert {type(value) for value in draw.values()} <= {bool, int, float, str}
+        assert hparams.parse_json(json.dumps(draw)) == draw
+        hparams.check_values(draw, defaults)
+
+
+def test_our_own_draws_are_plain_before_anyone_converts_them() -> None:
+    for seed in range(20):
+        pairs = hparams.build_hparams(
+            "DAFT", "PACS", (3, 224, 224), "imagenet", lambda name, seed=seed: np.random.RandomState(seed)
+        )
+        assert {type(value) for pair in pairs.values() for value in pair} <= {bool, int, float, str}
+
+
+# --- radii -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("auto", 0.1), ("auto*1/2", 0.05), ("auto * 2", 0.2), ("auto*0.25", 0.025), ("4/255", 4 / 255), ("0.5", 0.5),
+        (" 1/2 ", 0.5), ("0", 0.0), (0, 0.0), (2, 2.0), (0.25, 0.25), ("1e-3", 1e-3),
+    ],
+)  # fmt: skip
+def test_parse_eps(value: str | float, expected: float) -> None:
+    radius = hparams.parse_eps(value, auto=0.1)
+    assert radius == pytest.approx(expected, rel=1e-15)
+    assert type(radius) is float
+
+
+# --- values ------------------------------------------------------------------------------------------------------
+
+BAD_VALUES: dict[str, list[Any]] = {
+    "backbone": ["", 3, None, ["resnet18"]],
+    "weights": ["", False],
+    "backbone_frozen": [0, "true", None],
+    "backbone_input_size": [0, 7, 224.0, "big"],
+    "pixels": ["raw", 255, None],
+    "teacher": ["", 1, {"path": "x"}],
+    "teacher_backbone": ["", 18],
+    "teacher_weights": [None],
+    "teacher_frozen": [1, "false"],
+    "teacher_input_size": [1, True, "224"],
+    "teacher_steps": [0, -5, 2.5, True, "Auto", None],
+    "kd_weight": [-0.1, 1.01, "0.5", True, None, float("nan"), float("inf")],
+    "kd_temperature": [0, -1, "4", False, float("nan"), float("inf")],
+    "aft_scope": ["Head", "body", 1, None],
+    "aft_attack": ["pixel", ["pixels"]],
+    "aft_norm": ["l1", "Linf", 2],
+    "aft_eps": [
+        -1, "-4/255", "4/0", "auto*", "auto*-1", "auto/2", "car", "", "4/255*2", True, None, [], float("nan"),
+        float("inf"), "inf", "nan", "1e400", 10**400,
+    ],
+    "aft_attack_steps": [-1, 1.5, True, "none"],
+    "aft_weight": [-1e-9, 1.5, "1", float("nan")],
+    "aft_target_mix": [2, -1, None],
+    "aft_target_temperature": [0, -1.0, float("inf")],
+    "aft_steps": [0, 10.0],
+    "input_size": [0, 7, 32.0, "224", True],
+    "lr": [0, -1e-3, "1e-3", True, float("nan"), float("inf"), None],
+    "batch_size": [0, -8, 16.0, "16", True],
+    "weight_decay": [-1, float("inf")],
+    "resnet_dropout": [-0.1, 1.1],
+    "class_balanced": [1, "yes"],
+    "nonlinear_classifier": [0, None],
+    "data_augmentation": ["True"],
+}  # fmt: skip
+
+
+def test_every_hyperparameter_of_ours_is_here() -> None:
+    assert hparams.TABLE.keys() <= BAD_VALUES.keys()
+    assert hparams.TABLE.keys() == GOOD_VALUES.keys()
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD_VALUES.items() for value in values])
+def test_bad_values_are_refused_by_name(host: plugin.Host, name: str, value: Any) -> None:
+    dataset = "folder:somewhere" if name == "input_size" else "ColoredDigits"
+    with pytest.raises(UsageError) as caught:
+        hparams.check_values({name: value}, plugin.get_default_hparams(host, "DAFT", dataset, {}))
+    message = str(caught.value)
+    assert message.startswith(f"hyperparameter {name} is {json.dumps(value)}: it must be ")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "hint"),
+    [
+        ("kd_weight", 2, "a number of at least 0 and at most 1"),
+        ("kd_temperature", 0, "a number above 0"),
+        ("aft_scope", "x", 'one of "head", "all"'),
+        ("aft_attack_steps", -1, '"auto" or an integer of at least 0'),
+        ("teacher_frozen", 1, "true or false"),
+        ("batch_size", 0.5, "an integer"),
+        ("batch_size", 0, "an integer of at least 1"),
+    ],
+)
+def test_a_refusal_says_what_the_value_should_be(host: plugin.Host, name: str, value: Any, hint: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        hparams.check_values({name: value}, plugin.get_default_hparams(host, "DAFT", "ColoredDigits", {}))
+    assert str(caught.value).endswith(f"it must be {hint}")
+
+
+def test_values_of_other_algorithms_are_left_to_them(host: plugin.Host) -> None:
+    hparams.check_values({"aft_eps": "nonsense"}, plugin.get_default_hparams(host, "ERM", "ColoredDigits", {}))
+
+
+def _radii() -> st.SearchStrategy[Any]:
+    fractions = st.tuples(st.integers(0, 99), st.integers(1, 255)).map(lambda pair: f"{pair[0]}/{pair[1]}")
+    return st.one_of(st.floats(0, 10), st.just("auto"), fractions, fractions.map(lambda text: f"auto*{text}"))
+
+
+def _auto_or(strategy: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.just("auto") | strategy
+
+
+_unit = st.floats(0, 1) | st.integers(0, 1)
+_positive = st.floats(1e-6, 1e6) | st.integers(1, 100)
+_steps = _auto_or(st.integers(1, 10**6))
+_texts = st.text(min_size=1)
+GOOD_VALUES: dict[str, st.SearchStrategy[Any]] = {
+    "backbone": _texts, "weights": _texts, "backbone_frozen": st.booleans(),
+    "backbone_input_size": _auto_or(st.integers(8, 1024)), "teacher_input_size": _auto_or(st.integers(8, 1024)),
+    "pixels": st.sampled_from(["imagenet", "unit", "none"]),
+    "teacher": _texts, "teacher_backbone": _texts, "teacher_weights": _texts, "teacher_frozen": st.booleans(),
+    "teacher_steps": _steps, "kd_weight": _unit, "kd_temperature": _positive,
+    "aft_scope": st.sampled_from(["head", "all"]), "aft_attack": st.sampled_from(["pixels", "features"]),
+    "aft_norm": st.sampled_from(["auto", "linf", "l2"]), "aft_eps": _radii(),
+    "aft_attack_steps": _auto_or(st.integers(0, 100)), "aft_weight": _unit, "aft_target_mix": _unit,
+    "aft_target_temperature": _positive, "aft_steps": _steps, "input_size": st.integers(8, 1024),
+}  # fmt: skip
+
+
+@deterministic
+@given(st.fixed_dictionaries({}, optional=GOOD_VALUES))
+def test_good_values_survive_json_and_are_accepted(values: dict[str, Any]) -> None:
+    parsed = hparams.parse_json(json.dumps(values))
+    assert parsed == values
+    assert {name: type(value) for name, value in parsed.items()} == {n: type(v) for n, v in values.items()}
+    hparams.check_values(parsed, dict.fromkeys(GOOD_VALUES))
+    if "aft_eps" in parsed:
+        assert 0 <= hparams.parse_eps(parsed["aft_eps"], auto=0.5) < float("inf")
+
+
+# --- names and JSON ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("kd_wieght", "kd_weight"),
+        ("temperature", "kd_temperature"),
+        ("AFT_EPS", "aft_eps"),
+        ("batchsize", "batch_size"),
+    ],
+)
+def test_an_unknown_name_is_answered_with_the_nearest(host: plugin.Host, name: str, nearest: str) -> None:
+    known = plugin.get_default_hparams(host, "DAFT", "EmojiStyles", {})
+    with pytest.raises(UsageError) as caught:
+        hparams.check_names([name], known, ["DAFT", "AFT", "ERM"])
+    assert str(caught.value) == f"no hyperparameter {name!r} of DAFT, AFT, ERM. Did you mean {nearest!r}?"
+
+
+def test_known_names_pass(host: plugin.Host) -> None:
+    known = plugin.get_default_hparams(host, "DAFT", "EmojiStyles", {})
+    hparams.check_names(known, known, ["DAFT"])
+    with pytest.raises(UsageError, match="no hyperparameter 'aft_eps' of ERM"):
+        hparams.check_names(["aft_eps"], get_ours(host, "ERM", "EmojiStyles"), ["ERM"])
+
+
+@pytest.mark.parametrize("text", ["{", "{'lr': 1}", '{"lr": }', "lr=1", '{"lr": 1} x', "[" * 100_000])
+def test_text_that_is_not_json_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="is not JSON") as caught:
+        hparams.parse_json(text)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("text", "kind"), [("[1]", "list"), ("3", "int"), ('"lr"', "str"), ("null", "NoneType")])
+def test_json_that_is_no_object_is_refused(text: str, kind: str) -> None:
+    with pytest.raises(UsageError, match=f"is a JSON {kind}, not an object"):
+        hparams.parse_json(text)
+
+
+@pytest.mark.parametrize("text", [None, "", "{}"])
+def test_no_hyperparameters_are_fine(text: str | None) -> None:
+    assert hparams.parse_json(text) == {}
