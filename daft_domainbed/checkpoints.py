@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import pickle
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -17,7 +19,14 @@ from torch import Tensor
 
 from daft_domainbed.errors import UsageError
 
-CHECKPOINT_KEYS = ("args", "model_input_shape", "model_num_classes", "model_num_domains", "model_hparams", "model_dict")
+CHECKPOINT_KINDS: dict[str, tuple[type, ...]] = {
+    "args": (dict,),
+    "model_input_shape": (tuple, list),
+    "model_num_classes": (int,),
+    "model_num_domains": (int,),
+    "model_hparams": (dict,),
+    "model_dict": (dict,),
+}
 
 # Upstream's random hyperparameters are NumPy scalars; these are all that a checkpoint may hold beside plain types.
 _NUMPY_SCALARS = [
@@ -31,7 +40,11 @@ if hasattr(np, "_core"):  # the same function under the name that NumPy 1.x wrot
 
 @contextmanager
 def writing_atomically(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file that takes the name `path` only when it is complete and on the disk."""
+    """Open a temporary file that takes the name `path` only when it is complete and on the disk.
+
+    Raises:
+        OSError: As the operating system raised it, with the file's name.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -39,9 +52,11 @@ def writing_atomically(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
         raise
 
 
@@ -57,33 +72,44 @@ def save(content: Mapping[str, Any], path: Path) -> None:
         try:
             torch.save(dict(content), file)
         except RuntimeError as error:  # torch's zip writer hides the disk's own error behind this one
-            raise _find_os_error(error, path) from error
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def load(path: Path) -> dict[str, Any]:
     """Load a file that `torch.save` wrote, without ever running code from it.
 
     The archive's checksums are verified first: torch itself does not, so a flipped bit would load as other weights.
+    Torch is then given what was verified, and nothing else: it reads some damaged archives in its own way.
 
     Raises:
         UsageError: The file is missing, truncated, damaged, not a checkpoint, or holds anything but tensors and data.
     """
     if not path.is_file():
         raise UsageError(f"no checkpoint at {path}: check the path")
+    verified = io.BytesIO()
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
+        with zipfile.ZipFile(path) as archive, zipfile.ZipFile(verified, "w") as copy:
+            for entry in archive.infolist():
+                if entry.filename in copy.namelist():
+                    raise zipfile.BadZipFile(f"{entry.filename!r} is in it twice")
+                copy.writestr(entry.filename, archive.read(entry))
+    except Exception as error:  # zipfile lets decompressors and parsers speak for themselves
         raise UsageError(
             f"{path} is not a whole checkpoint ({_one_line(error)}): it was truncated or damaged, or written before "
             f"PyTorch 1.6; copy or make it again"
         ) from error
-    if damaged is not None:
-        raise UsageError(f"{path} is damaged (checksum of {damaged!r} does not match): copy or make it again")
+    verified.seek(0)
+    return _unpickle(verified, path)
+
+
+def _unpickle(file: BinaryIO, path: Path) -> dict[str, Any]:
     try:
-        with torch.serialization.safe_globals(_NUMPY_SCALARS):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        with torch.serialization.safe_globals(_NUMPY_SCALARS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickles that it then refuses, or reads well
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
         raise UsageError(
             f"{path} was refused: it holds something other than tensors and plain data, which could run code "
             f"({_one_line(error)}); there is no fallback to full unpickling"
@@ -102,11 +128,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         UsageError: As `load`, or a key is missing or of the wrong kind.
     """
     content = load(path)
-    missing = [key for key in CHECKPOINT_KEYS if key not in content]
+    missing = [key for key in CHECKPOINT_KINDS if key not in content]
     if missing:
         raise UsageError(f"{path} is not a DomainBed checkpoint: it lacks {', '.join(missing)}; name a model.pkl")
-    for key in ("args", "model_hparams", "model_dict"):
-        if not isinstance(content[key], dict):
+    for key, kinds in CHECKPOINT_KINDS.items():
+        if not isinstance(content[key], kinds):
             raise UsageError(f"{path} is not a DomainBed checkpoint: {key} is a {type(content[key]).__name__}")
     content["model_hparams"] = to_plain(content["model_hparams"])
     content["args"] = to_plain(content["args"])
@@ -125,7 +151,11 @@ def load_weights(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         except (SafetensorError, OSError) as error:
             raise UsageError(f"{path} is not a whole safetensors file ({_one_line(error)})") from error
-    content = load(path)
+    if path.is_file() and not zipfile.is_zipfile(path):  # of before PyTorch 1.6, as published weights often are
+        with path.open("rb") as file:
+            content = _unpickle(file, path)
+    else:
+        content = load(path)
     weights = content.get("state_dict", content)
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise UsageError(f"{path} holds more than a state dict: save the backbone's state_dict() alone")
@@ -159,12 +189,3 @@ def to_plain(value: Any) -> Any:
 def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 160 else text[:157] + "..."
-
-
-def _find_os_error(error: BaseException, path: Path) -> BaseException:
-    """Return the operating system's error where the disk is full, else the error itself."""
-    if os.statvfs(path.parent).f_bavail < 256:
-        import errno
-
-        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-    return error

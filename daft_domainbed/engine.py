@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import ctypes
 import fcntl
 import json
 import math
 import os
 import platform
+import re
 import sys
 import time
 from collections import defaultdict
@@ -14,17 +17,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import torch
 
-from daft_domainbed import __version__, checkpoints, hparams, plugin, provenance, resume, streams
+from daft_domainbed import __version__, checkpoints, hparams, plugin, provenance, randomness, resume, streams
 from daft_domainbed.errors import RunError, UsageError
 from daft_domainbed.loaders import make_eval_stream, make_stream
 from daft_domainbed.precision import Precision, check_precision
 from daft_domainbed.provenance import Request, RunFacts
-from daft_domainbed.teacher import PROVENANCE
+from daft_domainbed.teacher import PROVENANCE, Teacher
 
 RESUME_FILE = "resume.pt"
 RECORDS_FILE = "results.jsonl"
@@ -32,8 +35,10 @@ LOCK_FILE = ".lock"
 SECONDS_BETWEEN_SAVES = 60.0
 COLUMN_WIDTH = 12
 
-# Where a run lies and where its data and teachers lie may change between two starts; what they hold is verified.
-_MOVABLE = ("output_dir", "data_dir", "teachers_dir")
+# Where a run lies, where its data and teachers lie (what they hold is verified) and on what it runs may change between
+# two starts.
+_MOVABLE = ("output_dir", "data_dir", "teachers_dir", "device")
+_LARGEST_SEED = 2**32 - 1  # NumPy's
 
 
 @dataclass(frozen=True)
@@ -89,18 +94,25 @@ def train(
     """
     job = _prepare(args)
     folder = Path(args.output_dir)
+    is_new = not os.path.exists(folder)  # False, too, where it may not be asked
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise UsageError(f"--output_dir {folder} is a file, not a folder: choose another") from error
     except OSError as error:
-        raise UsageError(f"--output_dir {folder} cannot be made ({error.strerror}): choose another") from error
-    with _locked(folder, wait=wait):
-        saved = _read_unfinished(job, folder)
-        if saved is None and (folder / "done").is_file():
-            return folder
-        with _Log(folder, quiet=quiet) as log, _clean_temporaries(folder):
-            _Run(job, folder, log, on_step).execute(saved)
+        raise _explain_unwritable(folder, error) from error
+    try:
+        with _locked(folder, wait=wait):
+            saved = _read_unfinished(job, folder)
+            if saved is None and (folder / "done").is_file():
+                return folder
+            for leftover in folder.glob(".*.tmp"):  # what a killed owner left half written
+                leftover.unlink()
+            _Run(job, folder, _Log(folder, quiet=quiet), on_step).execute(saved)
+    finally:
+        if is_new:
+            with suppress(OSError):  # it stays, unless nothing came of it
+                folder.rmdir()
     return folder
 
 
@@ -140,6 +152,9 @@ def _prepare(args: TrainArgs) -> _Job:
     for name, value in (("--steps", n_steps), ("--checkpoint_freq", checkpoint_freq)):
         if value < 1:
             raise UsageError(f"{name} is {value}: it must be at least 1")
+    for name, seed in (("--seed", args.seed), ("--data_seed", args.data_seed)):
+        if seed is not None and not 0 <= seed <= _LARGEST_SEED:
+            raise UsageError(f"{name} is {seed}: it must lie between 0 and {_LARGEST_SEED}")
     return _Job(args, host, dataset_class, user, resolved, device, n_steps, checkpoint_freq)
 
 
@@ -195,10 +210,9 @@ def list_stages(algorithm: str) -> list[str]:
 def _find_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"--device {name!r} is no device: use auto, cpu, cuda or cuda:N") from error
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise UsageError(f"--device {name!r} is no device: use auto, cpu, cuda or cuda:N")
+    device = torch.device(name)
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise UsageError(f"--device {name}: {torch.cuda.device_count()} CUDA devices are visible here; use cpu or auto")
     return device
@@ -216,7 +230,7 @@ def _locked(folder: Path, *, wait: bool) -> Iterator[None]:
         try:
             file = path.open("a+")
         except OSError as error:
-            raise UsageError(f"--output_dir {folder} cannot be written ({error.strerror}): choose another") from error
+            raise _explain_unwritable(folder, error) from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -224,7 +238,9 @@ def _locked(folder: Path, *, wait: bool) -> Iterator[None]:
             owner = file.read().strip() or "unknown"
             file.close()
             if not wait:
-                raise UsageError(f"process {owner} is at work in {folder}: wait for it, or choose another --output_dir") from None
+                raise UsageError(
+                    f"process {owner} is at work in {folder}: wait for it, or choose another --output_dir"
+                ) from None
             if not told:
                 print(f"waiting for process {owner}, which is at work in {folder}", file=sys.stderr, flush=True)
                 told = True
@@ -245,12 +261,10 @@ def _locked(folder: Path, *, wait: bool) -> Iterator[None]:
         file.close()
 
 
-@contextmanager
-def _clean_temporaries(folder: Path) -> Iterator[None]:
-    """Remove what a killed owner left half written."""
-    for leftover in folder.glob(".*.tmp"):
-        leftover.unlink()
-    yield
+def _explain_unwritable(folder: Path, error: OSError) -> Exception:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):  # no fault of the folder's
+        return error
+    return UsageError(f"--output_dir {folder} cannot be written ({error.strerror}): choose another")
 
 
 def _read_unfinished(job: _Job, folder: Path) -> dict[str, Any] | None:
@@ -270,12 +284,11 @@ def _read_unfinished(job: _Job, folder: Path) -> dict[str, Any] | None:
         state = checkpoints.load(saved)
         _check_same(state["args"], job, folder, "an unfinished run")
         return state
-    if _read_first_line(records) is not None:
+    if records.is_file():
         raise UsageError(
             f"{folder} holds records of a run that cannot be gone on with (it has no {RESUME_FILE}): choose another "
             f"--output_dir, or delete it"
         )
-    records.unlink(missing_ok=True)
     return None
 
 
@@ -304,6 +317,8 @@ def _check_same(theirs: Mapping[str, Any], job: _Job, folder: Path, what: str) -
 
 
 def _normalise(name: str, value: Any) -> Any:
+    if name == "dataset" and isinstance(value, str):
+        return provenance.name_dataset(value)
     return hparams.parse_json(value) if name == "hparams" else value
 
 
@@ -313,26 +328,20 @@ class _Log:
     def __init__(self, folder: Path, *, quiet: bool) -> None:
         self.folder, self.quiet = folder, quiet
 
-    def __enter__(self) -> _Log:
-        self._out: TextIO = (self.folder / "out.txt").open("a")
-        self._err: TextIO = (self.folder / "err.txt").open("a")
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        for file in (self._out, self._err):
-            with suppress(OSError):  # a full disk was reported when it filled up
-                file.close()
-
     def write(self, text: str) -> None:
         """Write a result."""
         if not self.quiet:
             print(text, flush=True)
-        print(text, file=self._out, flush=True)
+        self._append("out.txt", text)
 
     def warn(self, text: str) -> None:
         """Write what is no result."""
         print(text, file=sys.stderr, flush=True)
-        print(text, file=self._err, flush=True)
+        self._append("err.txt", text)
+
+    def _append(self, name: str, text: str) -> None:
+        with (self.folder / name).open("a") as file:
+            file.write(text + "\n")
 
 
 # --- the data ----------------------------------------------------------------------------------------------------
@@ -343,33 +352,32 @@ class _Data:
     dataset: Any
     in_splits: list[Any]
     out_splits: list[Any]
-    uda_splits: list[Any]
+    uda_splits: dict[int, Any]  # by environment; only those that are not empty
 
     def list_splits(self) -> list[tuple[Any, Any]]:
         """Return the in- and the out-split of every environment."""
         return list(zip(self.in_splits, self.out_splits, strict=True))
 
 
-def _build_data(
-    host: plugin.Host, request: Request, hparams_: Mapping[str, Any], dataset_class: Any
-) -> _Data:
+def _build_data(host: plugin.Host, request: Request, hparams_: Mapping[str, Any], dataset_class: Any) -> _Data:
     """Build a data set and split every environment."""
     return _split(host, request, dataset_class(request.data_dir, list(request.test_envs), hparams_))
 
 
 def _split(host: plugin.Host, request: Request, dataset: Any) -> _Data:
     """Split every environment of a data set as DomainBed does; draws nothing from the global generators."""
-    in_splits, out_splits, uda_splits = [], [], []
+    in_splits, out_splits, uda_splits = [], [], {}
     for i, env in enumerate(dataset):
         seed = host.misc.seed_hash(request.trial_seed, i)
         out, in_ = host.misc.split_dataset(env, int(len(env) * request.holdout_fraction), seed)
         if i in request.test_envs:
             uda, in_ = host.misc.split_dataset(in_, int(len(in_) * request.uda_holdout_fraction), seed)
-            uda_splits.append(_flatten(uda))
+            if len(uda):
+                uda_splits[i] = _flatten(uda)
             in_ = _flatten(in_)
         in_splits.append(in_)
         out_splits.append(out)
-    return _Data(dataset, in_splits, out_splits, [split for split in uda_splits if len(split)])
+    return _Data(dataset, in_splits, out_splits, uda_splits)
 
 
 def _flatten(split: Any) -> Any:
@@ -392,17 +400,14 @@ def _check_sizes(data: _Data, args: TrainArgs, hparams_: Mapping[str, Any], envi
         return  # that loader draws each batch afresh, whatever the size of the split
     batch_size = hparams_["batch_size"]
     trained = [(environments[i], split) for i, split in enumerate(data.in_splits) if i not in held_out]
-    unlabelled = [("the unlabelled part of the held-out domains", split) for split in data.uda_splits]
+    unlabelled = [("the unlabelled part of the held-out domains", split) for split in data.uda_splits.values()]
+    largest = min(len(split) for _, split in trained + unlabelled)
     for name, split in trained + unlabelled:
         if len(split) < batch_size:
             raise UsageError(
                 f"env {name!r} has {len(split)} training images but batch_size is {batch_size}, and DomainBed's loader "
-                f"would wait for ever: lower it with --hparams '{{\"batch_size\": {_largest_fit(trained, unlabelled)}}}'"
+                f"would wait for ever: lower it with --hparams '{{\"batch_size\": {largest}}}'"
             )
-
-
-def _largest_fit(trained: Sequence[tuple[str, Any]], unlabelled: Sequence[tuple[str, Any]]) -> int:
-    return min(len(split) for _, split in [*trained, *unlabelled])
 
 
 # --- the run -----------------------------------------------------------------------------------------------------
@@ -411,22 +416,21 @@ def _largest_fit(trained: Sequence[tuple[str, Any]], unlabelled: Sequence[tuple[
 class _Run:
     """One run in its folder, from the first step or from where it was."""
 
-    def __init__(
-        self, job: _Job, folder: Path, log: _Log, on_step: Callable[[int, int], None] | None = None
-    ) -> None:
+    def __init__(self, job: _Job, folder: Path, log: _Log, on_step: Callable[[int, int], None] | None = None) -> None:
         self.job, self.folder, self.log, self.on_step = job, folder, log, on_step
         self.args, self.host, self.device = job.args, job.host, job.device
         self.hparams = dict(job.hparams)  # the algorithm replaces each "auto" by its value
 
     def execute(self, saved: dict[str, Any] | None) -> None:
         args = self.args
-        streams.seed_everything(args.seed if args.data_seed is None else args.data_seed)
+        randomness.seed_everything(args.seed if args.data_seed is None else args.data_seed)
+        _keep_freed_memory()
         torch.backends.cudnn.deterministic = True
         torch.backends.cudnn.benchmark = False
         self.request = make_request(args, self.job.n_steps)
         self.data = _build_data(self.host, self.request, self.hparams, self.job.dataset_class)
         if args.data_seed is not None:
-            streams.seed_everything(args.seed)
+            randomness.seed_everything(args.seed)
         _check_sizes(self.data, args, self.hparams, self.job.dataset_class.ENVIRONMENTS)
         if args.task == "domain_adaptation" and not self.data.uda_splits:
             raise UsageError("--task domain_adaptation needs unlabelled images: give --uda_holdout_fraction above 0")
@@ -454,19 +458,19 @@ class _Run:
         # Upstream weighs every split, in this order; doing so reads images through their random augmentation.
         weights: dict[int, Any] = {}
         if balanced:
-            uda_of_env = dict(zip(sorted(self.args.test_envs), data.uda_splits, strict=False))
-            for i, (in_, out) in enumerate(zip(data.in_splits, data.out_splits, strict=True)):
-                for split in (in_, out, *([uda_of_env[i]] if i in uda_of_env else [])):
+            for i, splits in enumerate(data.list_splits()):
+                for split in (*splits, *([data.uda_splits[i]] if i in data.uda_splits else [])):
                     weights[id(split)] = weigh(split)
 
         def make(split: Any) -> streams.Stream:
             return make_stream(split, self.hparams["batch_size"], workers, weights.get(id(split)))
 
         self.train_streams = [make(in_) for i, in_ in enumerate(data.in_splits) if i not in self.args.test_envs]
-        self.uda_streams = [make(uda) for uda in data.uda_splits]
+        uda_splits = list(data.uda_splits.values())
+        self.uda_streams = [make(uda) for uda in uda_splits]
         self.eval_streams = {
             f"env{i}_{part}": make_eval_stream(split, workers)
-            for part, splits in (("in", data.in_splits), ("out", data.out_splits), ("uda", data.uda_splits))
+            for part, splits in (("in", data.in_splits), ("out", data.out_splits), ("uda", uda_splits))
             for i, split in enumerate(splits)
         }
 
@@ -485,17 +489,28 @@ class _Run:
         self.step = 0
         self.seconds = 0.0
         self.n_records = 0
+        if unsaved := resume.list_unsaved(self.algorithm):
+            self.log.warn(
+                f"{self.folder}: should this run be interrupted, it may not go on exactly where it was, because "
+                f"{', '.join(unsaved)} of {self.args.algorithm} cannot be saved"
+            )
         if saved is None:
             self._print_header()
+            (self.folder / "err.txt").touch()
             # A folder is claimed by its arguments before the first step, however long that takes.
             self._save_resume(pending=None)
             return
+        if saved["teacher"] != (teacher := self._get_teacher_facts()).get("sha256"):
+            raise UsageError(
+                f"another teacher ({teacher['path']}) answers now than when {self.folder} was begun: bring that one "
+                f"back, or choose another --output_dir"
+            )
         self._keep_records(saved)
         resume.restore(self.algorithm, saved["algorithm"])
         self.precision.load_state_dict(saved["precision"])
         for stream, state in zip(self._list_streams(), saved["streams"], strict=True):
             stream.load_state_dict(state)
-        streams.restore_states(saved["random"])
+        randomness.restore_states(saved["random"])
         self.values = defaultdict(list, {name: list(values) for name, values in saved["values"].items()})
         self.best, self.step, self.seconds = saved["best"], saved["step"], saved["seconds"]
         self.n_records = saved["n_records"]
@@ -574,8 +589,8 @@ class _Run:
         if not self.n_records:
             record["environments"] = list(self.job.dataset_class.ENVIRONMENTS)
             record["machine"] = describe_machine(self.device, self.args.precision)
-            if teacher := getattr(self.algorithm, "teacher", None):
-                record["teacher"] = teacher.facts
+            if teacher := self._get_teacher_facts():
+                record["teacher"] = teacher
         if self.step == self.job.n_steps:
             record["seconds"] = self.seconds
         self.n_records += 1
@@ -588,14 +603,16 @@ class _Run:
         self._save_resume(pending=line)
         with (self.folder / RECORDS_FILE).open("a") as file:
             file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
     def _print_header(self) -> None:
         machine = describe_machine(self.device, self.args.precision)
         sections = {"Environment": machine, "Args": asdict(self.args), "HParams": self.hparams}
+        lines = []
         for title, content in sections.items():
-            self.log.write(f"{title}:")
-            for name, value in sorted(content.items()):
-                self.log.write(f"\t{name}: {value}")
+            lines += [f"{title}:", *(f"\t{name}: {value}" for name, value in sorted(content.items()))]
+        self.log.write("\n".join(lines))
 
     def _print_row(self, record: Mapping[str, Any]) -> None:
         keys = sorted(record)
@@ -612,6 +629,10 @@ class _Run:
             self.best = validation
             self._save_model("model_best.pkl")
 
+    def _get_teacher_facts(self) -> dict[str, Any]:
+        teacher = getattr(self.algorithm, "teacher", None)
+        return teacher.facts if isinstance(teacher, Teacher) else {}
+
     def _save_model(self, name: str) -> None:
         if self.args.skip_model_save:
             return
@@ -624,6 +645,7 @@ class _Run:
             "model_hparams": self.hparams,
             "model_dict": self.algorithm.state_dict(),
             "provenance": self.facts.provenance,
+            "step": self.step - 1,
         }
         checkpoints.save(content, self.folder / name)
 
@@ -631,6 +653,7 @@ class _Run:
         content = {
             "args": asdict(self.args),
             "provenance": self.facts.provenance,
+            "teacher": self._get_teacher_facts().get("sha256"),
             "step": self.step,
             "seconds": self.seconds,
             "best": self.best,
@@ -640,7 +663,7 @@ class _Run:
             "algorithm": resume.capture(self.algorithm),
             "precision": self.precision.state_dict(),
             "streams": [stream.state_dict() for stream in self._list_streams()],
-            "random": streams.capture_states(),
+            "random": randomness.capture_states(),
         }
         checkpoints.save(content, self.folder / RESUME_FILE)
         self.saved_at = time.monotonic()
@@ -668,11 +691,11 @@ def _gather_facts(
         train(make_teacher_args(args, teacher, user, teacher_folder), quiet=True, wait=True)
 
     def rebuild(theirs: Mapping[str, Any]) -> dict[str, Any]:
-        names = ("dataset", "trial_seed", "seed", "holdout_fraction", "task", "uda_holdout_fraction")
-        values = {name: theirs.get(name, getattr(request, name)) for name in names}
+        names = ("trial_seed", "seed", "holdout_fraction", "task", "uda_holdout_fraction")
+        values = {name: theirs[name] for name in names}
         other = replace(request, **values, test_envs=tuple(theirs["test_envs"]), data_seed=None)
-        with streams.preserve_states():
-            streams.seed_everything(other.seed)
+        with randomness.preserve_states():
+            randomness.seed_everything(other.seed)
             its = _build_data(host, other, hparams_, plugin.get_dataset_class(host, other.dataset))
         return provenance.describe(other, its.dataset.num_classes, its.dataset.input_shape, its.list_splits())
 
@@ -681,7 +704,7 @@ def _gather_facts(
         user_hparams=hparams.parse_json(args.hparams),
         num_classes=data.dataset.num_classes,
         input_shape=tuple(data.dataset.input_shape),
-        input_spec=plugin.get_input_spec(data.dataset),
+        input_spec=plugin.get_input_spec(host, args.dataset),
         splits=data.list_splits(),
         host=host,
         output_dir=folder.resolve(),
@@ -695,8 +718,8 @@ def _gather_facts(
 def follow_upstream_run(args: TrainArgs) -> Callable[[Any, Mapping[str, Any]], None]:
     """Return what gathers the facts of a run of upstream's own loop, to be called when its data set has been built.
 
-    From then on its algorithm can find, make and check a teacher; the run's provenance, which upstream's checkpoint
-    cannot carry, lies beside it in `provenance.json`.
+    From then on its algorithm can find, make and check a teacher; what upstream's checkpoint and records cannot carry
+    (provenance, names of the environments, the teacher) lies beside them in `provenance.json`.
 
     Raises:
         UsageError: From the returned function, where upstream would wait for ever for a batch that does not come.
@@ -708,10 +731,16 @@ def follow_upstream_run(args: TrainArgs) -> Callable[[Any, Mapping[str, Any]], N
         data = _split(host, request, dataset)
         _check_sizes(data, args, hparams_, type(dataset).ENVIRONMENTS)
         folder = Path(args.output_dir)
-        facts = _gather_facts(
-            args, host, request, data, hparams_, folder, lambda text: print(text, file=sys.stderr, flush=True)
+
+        def write_beside(**found: Any) -> None:
+            beside = facts.provenance | {"environments": list(type(dataset).ENVIRONMENTS)} | found
+            checkpoints.write_text(folder / PROVENANCE, json.dumps(beside, sort_keys=True) + "\n")
+
+        facts = replace(
+            _gather_facts(args, host, request, data, hparams_, folder, lambda text: print(text, file=sys.stderr)),
+            announce=lambda teacher: write_beside(teacher=teacher),
         )
-        checkpoints.write_text(folder / PROVENANCE, json.dumps(facts.provenance, sort_keys=True) + "\n")
+        write_beside()
         provenance.set_run_facts(facts)
 
     return built
@@ -755,6 +784,15 @@ def make_teacher_args(args: TrainArgs, request: Request, user: Mapping[str, Any]
         teachers_dir=str(folder.parent),
         data_seed=request.data_seed,
     )
+
+
+def _keep_freed_memory() -> None:
+    """Tell the C library not to hand every step's activations back to the system, only to fault them in again."""
+    trim_threshold, mmap_threshold = -1, -3  # M_* of glibc's malloc.h; other libraries have no mallopt
+    with suppress(OSError, AttributeError):
+        library = ctypes.CDLL(None)
+        library.mallopt(trim_threshold, 2**31 - 1)
+        library.mallopt(mmap_threshold, 2**30)
 
 
 def describe_machine(device: torch.device, precision: str) -> dict[str, Any]:

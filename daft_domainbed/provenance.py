@@ -28,7 +28,7 @@ PLAIN_FIELDS = (
     "num_classes",
     "input_shape",
 )
-_BYTES_AT_ONCE = 4096  # samples hashed at a time; bounds the memory, not the result
+_SAMPLES_AT_ONCE = 4096  # bounds the memory, not the result
 
 Split = Any  # the host's split: `underlying_dataset` and `keys`
 
@@ -65,7 +65,8 @@ class RunFacts:
         output_dir: The run's folder; teacher paths are recorded relative to it.
         teachers_dir: The store of teachers.
         train: Trains a model as the run's own loop would: (request, hparams, folder) -> None.
-        rebuild: Returns the provenance that another run's recorded arguments imply: (args) -> dict.
+        rebuild: Returns the provenance that another run's recorded arguments imply on this data set: (args) -> dict.
+        announce: Told what there is to record of the teacher that was found.
         precision: Of the run's arithmetic; part of how a teacher is made.
     """
 
@@ -80,6 +81,7 @@ class RunFacts:
     teachers_dir: Path
     train: Callable[[Request, dict[str, Any], Path], None] = field(repr=False)
     rebuild: Callable[[Mapping[str, Any]], dict[str, Any]] = field(repr=False)
+    announce: Callable[[dict[str, Any]], None] = field(default=lambda teacher: None, repr=False)
     precision: str = "fp32"
 
     @cached_property
@@ -145,12 +147,17 @@ def name_dataset(dataset: str) -> str:
 
 
 def compare(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
-    """Return one phrase for each field in which a teacher's provenance differs from the run's, plain fields first."""
+    """Return one phrase for each field in which a teacher's provenance differs from the run's, plain fields first.
+
+    The fingerprints of another data set all differ, which says nothing more, so they are left out.
+    """
     differences = [
         f"{name} is {theirs.get(name)} there and {ours[name]} here"
         for name in PLAIN_FIELDS
         if theirs.get(name) != ours[name]
     ]
+    if theirs.get("dataset") != ours["dataset"]:
+        return differences
     prints = theirs.get("fingerprints") or {}
     for name, value in ours["fingerprints"].items():
         if prints.get(name) != value:
@@ -168,11 +175,13 @@ def fingerprint(split: Split) -> str:
     data, keys = split.underlying_dataset, [int(key) for key in split.keys]
     digest = hashlib.sha256()
     if hasattr(data, "raw") or hasattr(data, "tensors"):
-        for start in range(0, len(keys), _BYTES_AT_ONCE):
-            indices = torch.tensor(keys[start : start + _BYTES_AT_ONCE], dtype=torch.int64)
+        all_labels = []
+        for start in range(0, len(keys), _SAMPLES_AT_ONCE):
+            indices = torch.tensor(keys[start : start + _SAMPLES_AT_ONCE], dtype=torch.int64)
             images, labels = data.raw(indices) if hasattr(data, "raw") else (tensor[indices] for tensor in data.tensors)
             digest.update(images.contiguous().numpy().tobytes())
-            digest.update(labels.to(torch.int64).contiguous().numpy().tobytes())
+            all_labels += labels.tolist()
+        digest.update(torch.tensor(all_labels, dtype=torch.int64).numpy().tobytes())
     elif hasattr(data, "samples"):
         root = Path(data.root)
         for key in keys:

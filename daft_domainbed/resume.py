@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,28 +14,43 @@ _REBUILT = frozenset(vars(nn.Module())) | {"hparams", "teacher"}
 
 def capture(algorithm: nn.Module) -> dict[str, Any]:
     """Return an algorithm's weights, optimizers, generators and plain attributes, of plain types and tensors."""
-    attributes = {}
-    for prefix, module in algorithm.named_modules():
-        for name, value in vars(module).items():
-            if name not in _REBUILT and (packed := _pack(value)) is not None:
-                attributes[f"{prefix}/{name}"] = packed
+    packed = {f"{prefix}/{name}": _pack(value) for prefix, name, value in _list_attributes(algorithm)}
+    attributes = {key: value for key, value in packed.items() if value is not None}
     return {"model": algorithm.state_dict(), "attributes": attributes}
 
 
+def list_unsaved(algorithm: nn.Module) -> list[str]:
+    """Return the names of attributes that may change with every step and that `capture` cannot keep."""
+    return [name for _, name, value in _list_attributes(algorithm) if _pack(value) is None and not callable(value)]
+
+
 def restore(algorithm: nn.Module, state: dict[str, Any]) -> None:
-    """Put a captured state back into an algorithm that was built with the same arguments."""
-    algorithm.load_state_dict(state["model"])
-    modules = dict(algorithm.named_modules())
-    for key, packed in state["attributes"].items():
+    """Put a captured state back into an algorithm that was built with the same arguments.
+
+    What only an update makes, such as Fish's copy of itself, is left out: the next update makes it anew.
+    """
+    modules = dict(algorithm.named_modules(remove_duplicate=False))
+    model = {key: value for key, value in state["model"].items() if key.rpartition(".")[0] in modules}
+    for name, buffer in algorithm.named_buffers():
+        if name in model:
+            buffer.resize_(model[name].shape)  # GroupDRO's weights have none before its first update
+    algorithm.load_state_dict(model)
+    for key, (kind, content) in state["attributes"].items():
         prefix, _, name = key.rpartition("/")
-        module = modules[prefix]
-        kind, content = packed
-        if kind == "state_dict":
-            getattr(module, name).load_state_dict(content)
-        elif kind == "generator":
-            getattr(module, name).set_state(content)
-        else:
-            object.__setattr__(module, name, content)
+        attributes: dict[str, Any] = vars(modules[prefix]) if prefix in modules else {}
+        if kind == "value":
+            attributes[name] = content
+        elif kind == "state_dict" and name in attributes:
+            attributes[name].load_state_dict(content)
+        elif kind == "generator" and name in attributes:
+            attributes[name].set_state(content)
+
+
+def _list_attributes(algorithm: nn.Module) -> Iterator[tuple[str, str, Any]]:
+    for prefix, module in algorithm.named_modules():
+        for name, value in vars(module).items():
+            if name not in _REBUILT:
+                yield prefix, name, value
 
 
 def _pack(value: Any) -> tuple[str, Any] | None:

@@ -19,7 +19,7 @@ from daft_domainbed.attacks import InputSpec
 from daft_domainbed.backbones import freeze
 from daft_domainbed.errors import UsageError
 from daft_domainbed.provenance import Request, RunFacts
-from daft_domainbed.streams import preserve_states
+from daft_domainbed.randomness import preserve_states
 
 CHECKPOINT = "model.pkl"
 PROVENANCE = "provenance.json"  # beside a model.pkl of upstream's own loop, which cannot carry ours
@@ -93,24 +93,29 @@ def load_teacher(algorithm: str, wanted: Mapping[str, Any]) -> Teacher:
         path = _resolve(algorithm, wanted, facts)
         content = checkpoints.load_checkpoint(path)
         _check_kind(algorithm, content, path)
-        _verify(content, path, facts)
+        _verify(content, path, facts, is_auto=wanted["teacher"] == "auto")
         model = build_model(content, path, facts)
-        described = describe_teacher(path, facts.output_dir)
-        described["sha256"] = checkpoints.hash_state(content["model_dict"])
+        described = describe_teacher(content, path, facts.output_dir)
+        described["sha256"] = checkpoints.hash_state(model.state_dict())
+        facts.announce(described)
         return Teacher(model, path, content["model_hparams"], facts.input_spec, facts.request.seed, described)
 
 
 def build_model(content: Mapping[str, Any], path: Path, facts: RunFacts) -> Any:
     """Build a checkpoint's model from its own hyperparameters, with its weights loaded strictly."""
     name = content["args"].get("algorithm", "ERM")
-    ours = name in hparams.TEACHER_KINDS  # our students and AFT teachers hold nothing but ERM's parameters
-    kind = facts.host.algorithms.ERM if ours else plugin.get_algorithm_class(facts.host, name)
+    ours = name in hparams.OURS  # our students and AFT teachers hold nothing but ERM's parameters
     # The checkpoint brings every weight: pretrained ones would be downloaded only to be overwritten.
     own = content["model_hparams"] | {"weights": "none"}
     try:
-        model = kind(tuple(content["model_input_shape"]), content["model_num_classes"], content["model_num_domains"], own)
+        kind = facts.host.algorithms.ERM if ours else plugin.get_algorithm_class(facts.host, name)
+        model = kind(
+            tuple(content["model_input_shape"]), content["model_num_classes"], content["model_num_domains"], own
+        )
         model.load_state_dict(content["model_dict"])
-    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from error
+    except Exception as error:  # a hostile file makes constructors fail in every way
         text = " ".join(str(error).split())[:200]
         raise UsageError(f"{path}: the weights do not fit the checkpoint's own hyperparameters ({text})") from error
     return model
@@ -177,43 +182,51 @@ def plan_teacher(
             "backbone": wanted["teacher_backbone"],
             "weights": wanted["teacher_weights"],
             "backbone_frozen": wanted["teacher_frozen"],
+            "backbone_input_size": wanted["teacher_input_size"],
         }
         steps = teacher_steps
     else:
-        own = {name: value for name, value in wanted.items() if name.startswith(("aft_", "teacher")) and name != "aft_steps"}
+        own = {
+            name: value
+            for name, value in wanted.items()
+            if name.startswith(("aft_", "teacher")) and name != "aft_steps"
+        }
         own["teacher_steps"] = teacher_steps
         steps = max(1, teacher_steps // 4) if wanted["aft_steps"] == "auto" else wanted["aft_steps"]
     defaults = plugin.get_default_hparams(host, kind, request.dataset, user)
-    explicit = {name: value for name, value in user.items() if name in defaults} | own
+    full = defaults | {name: value for name, value in user.items() if name in defaults} | own
+    if kind == "AFT":
+        full |= resolve_aft(full)
+    dataset, test_envs = provenance.name_dataset(request.dataset), sorted(request.test_envs)
+    # Elsewhere the data do not depend on the seed, so runs of every seed can share a teacher.
+    is_seeded = plugin.is_seeded(plugin.get_dataset_class(host, request.dataset))
     data_seed = request.seed if request.data_seed is None else request.data_seed
     job = replace(
         request,
         algorithm=kind,
+        test_envs=tuple(test_envs),
         steps=steps,
-        seed=host.misc.seed_hash(request.dataset, list(request.test_envs), request.trial_seed),
-        data_seed=data_seed,
+        seed=host.misc.seed_hash(dataset, test_envs, request.trial_seed),
+        data_seed=data_seed if is_seeded else None,
     )
-    full = defaults | explicit
-    if kind == "AFT":
-        full |= resolve_aft(full)
     identity = {
         "algorithm": kind,
-        "dataset": provenance.name_dataset(request.dataset),
-        "test_envs": sorted(request.test_envs),
+        "dataset": dataset,
+        "test_envs": test_envs,
         "trial_seed": request.trial_seed,
         "holdout_fraction": request.holdout_fraction,
         "task": request.task,
         "uda_holdout_fraction": request.uda_holdout_fraction,
         "seed": job.seed,
-        # Elsewhere the data do not depend on the seed, so runs of every seed can share a teacher.
-        "data_seed": data_seed if plugin.is_seeded(plugin.get_dataset_class(host, request.dataset)) else None,
+        "data_seed": job.data_seed,
         "steps": steps,
         "precision": precision,
         "hparams": full,
         "teacher": plan_teacher(kind, full, job, user, host, precision).identity if kind == "AFT" else None,
     }
     text = json.dumps(identity, sort_keys=True)
-    return TeacherJob(job, explicit, f"{kind}-{sha256(text.encode()).hexdigest()[:16]}")
+    # Every hyperparameter is spelt out, so that equal teachers have equal arguments, whoever asks for them.
+    return TeacherJob(job, full, f"{kind}-{sha256(text.encode()).hexdigest()[:16]}")
 
 
 def resolve_aft(wanted: Mapping[str, Any]) -> dict[str, Any]:
@@ -242,9 +255,13 @@ def resolve_aft(wanted: Mapping[str, Any]) -> dict[str, Any]:
 def _search(algorithm: str, folder: Path, facts: RunFacts) -> Path:
     """Return the match with the highest mean out-split accuracy over *training* environments."""
     best, best_accuracy, reasons = None, -math.inf, []
-    paths = sorted(path for pattern in (CHECKPOINT, f"*/{CHECKPOINT}", f"*/*/{CHECKPOINT}") for path in folder.glob(pattern))
+    paths = sorted(
+        path for pattern in (CHECKPOINT, f"*/{CHECKPOINT}", f"*/*/{CHECKPOINT}") for path in folder.glob(pattern)
+    )
     if not paths:
-        raise UsageError(f"no {CHECKPOINT} in {folder} or two levels below: name a checkpoint, a folder of runs, or auto")
+        raise UsageError(
+            f"no {CHECKPOINT} in {folder} or two levels below: name a checkpoint, a folder of runs, or auto"
+        )
     for path in paths:
         try:
             content = checkpoints.load_checkpoint(path)
@@ -263,7 +280,7 @@ def _search(algorithm: str, folder: Path, facts: RunFacts) -> Path:
 
 
 def _get_validation_accuracy(path: Path, facts: RunFacts) -> float:
-    record = _read_last_record(path.parent)
+    record = _read_records(path.parent)[-1]
     held_out = set(facts.request.test_envs)  # their accuracies are never read
     keys = [f"env{i}_out_acc" for i in range(len(facts.splits)) if i not in held_out]
     values = [record[key] for key in keys if key in record]
@@ -275,6 +292,8 @@ def _get_validation_accuracy(path: Path, facts: RunFacts) -> float:
 
 def _check_kind(algorithm: str, content: Mapping[str, Any], path: Path) -> None:
     kind = content["args"].get("algorithm", "ERM")
+    if not isinstance(kind, str):
+        raise UsageError(f"{path} is no checkpoint of an algorithm: its args say {kind!r}; name a model.pkl")
     if algorithm == "DAFT" and kind != "AFT":
         raise UsageError(
             f"{path} is a checkpoint of {kind}, and DAFT's teacher is an adversarially fine-tuned one: make it with "
@@ -288,13 +307,14 @@ def _check_kind(algorithm: str, content: Mapping[str, Any], path: Path) -> None:
         )
 
 
-def _verify(content: Mapping[str, Any], path: Path, facts: RunFacts) -> None:
+def _verify(content: Mapping[str, Any], path: Path, facts: RunFacts, *, is_auto: bool = False) -> None:
     theirs = _read_provenance(content, path, facts)
     differences = provenance.compare(theirs, facts.provenance)
     if differences:
+        advice = f"Delete {path.parent}" if is_auto else 'Name another, or let "teacher": "auto" make the right one'
         raise UsageError(
             f"teacher {path} was not trained on this run's data, so it may know the held-out domains: "
-            f'{"; ".join(differences)}. Name another, or let "teacher": "auto" make the right one'
+            f"{'; '.join(differences)}. {advice}"
         )
 
 
@@ -304,35 +324,55 @@ def _read_provenance(content: Mapping[str, Any], path: Path, facts: RunFacts) ->
     if own is None and (path.parent / PROVENANCE).is_file():
         try:
             own = json.loads((path.parent / PROVENANCE).read_text())
-        except json.JSONDecodeError as error:
-            raise UsageError(f"{path.parent / PROVENANCE} is not JSON ({error.msg}): make the teacher again") from error
+        except ValueError as error:
+            raise UsageError(f"{path.parent / PROVENANCE} is not JSON ({error}): make the teacher again") from error
     if own is None:
-        args = content["args"]
-        missing = [name for name in ("dataset", "test_envs", "trial_seed", "seed", "holdout_fraction") if name not in args]
-        if missing:
-            raise UsageError(f"teacher {path} does not say what it was trained on: its args lack {', '.join(missing)}")
-        own = facts.rebuild(args) | {
-            "num_classes": content["model_num_classes"],
-            "input_shape": list(content["model_input_shape"]),
-        }
+        own = _recompute_provenance(content["args"], path, facts)
     if not isinstance(own, dict) or not isinstance(own.get("fingerprints"), dict):
         raise UsageError(f"teacher {path} has no readable provenance: make it again")
-    return own
+    # What the model itself takes and answers is for its own file to say.
+    return own | {"num_classes": content["model_num_classes"], "input_shape": list(content["model_input_shape"])}
+
+
+def _recompute_provenance(args: Mapping[str, Any], path: Path, facts: RunFacts) -> dict[str, Any]:
+    missing = [name for name in ("dataset", "test_envs", "trial_seed", "seed", "holdout_fraction") if name not in args]
+    if missing:
+        raise UsageError(f"teacher {path} does not say what it was trained on: its args lack {', '.join(missing)}")
+    args = {"task": "domain_generalization", "uda_holdout_fraction": 0.0, **args}  # flags that DomainBed once had not
+    try:
+        dataset = provenance.name_dataset(args["dataset"])
+        if dataset == facts.provenance["dataset"]:
+            return facts.rebuild(args)
+        plain = {name: args.get(name) for name in provenance.PLAIN_FIELDS}
+        return plain | {"dataset": dataset, "test_envs": sorted(args["test_envs"]), "fingerprints": {}}
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise UsageError(f"teacher {path} does not say readably what it was trained on ({error})") from error
 
 
 # --- describe ----------------------------------------------------------------------------------------------------
 
 
-def describe_teacher(path: Path, output_dir: Path) -> dict[str, Any]:
-    """Return what a student's first record says of its teacher; never more than the teacher's own records say."""
-    first, last = _read_first_record(path.parent), _read_last_record(path.parent)
+def describe_teacher(content: Mapping[str, Any], path: Path, output_dir: Path) -> dict[str, Any]:
+    """Return what a student's first record says of its teacher; never more than the teacher's own records say.
+
+    Args:
+        content: The teacher's checkpoint.
+        path: Of that.
+        output_dir: The student's folder, to which paths are relative.
+    """
+    records = _read_records(path.parent)
+    first, last = records[0], records[-1]
+    if path.name == CHECKPOINT:
+        own = last
+    else:  # one from the middle of a run: upstream's do not say from where
+        own = next((record for record in records if "step" in record and record["step"] == content.get("step")), {})
     described: dict[str, Any] = {
-        "algorithm": first.get("args", {}).get("algorithm", "ERM"),
+        "algorithm": content["args"].get("algorithm", "ERM"),
         "path": os.path.relpath(path.parent, output_dir),
-        "accuracies": {key: value for key, value in last.items() if key.startswith("env") and key.endswith("_acc")},
+        "accuracies": {key: value for key, value in own.items() if key.startswith("env") and key.endswith("_acc")},
     }
-    if last:
-        described["steps"] = last["step"] + 1
+    if "step" in own:
+        described["steps"] = own["step"] + 1
         described["seconds"] = last.get("seconds")
     if "teacher" in first:
         inner = dict(first["teacher"])
@@ -341,19 +381,9 @@ def describe_teacher(path: Path, output_dir: Path) -> dict[str, Any]:
     return described
 
 
-def _read_first_record(folder: Path) -> dict[str, Any]:
-    return _read_records(folder)[0]
-
-
-def _read_last_record(folder: Path) -> dict[str, Any]:
-    return _read_records(folder)[-1]
-
-
 def _read_records(folder: Path) -> list[dict[str, Any]]:
     try:
         lines = (folder / "results.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in lines if line.strip()] or [{}]
+        return [record for line in lines if isinstance(record := json.loads(line), dict)] or [{}]
     except (OSError, ValueError):  # a checkpoint that was moved without its records teaches as well
         return [{}]
-
-

@@ -1,0 +1,253 @@
+"""Whole runs, small enough for a test to afford several, and what is compared of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import runpy
+import subprocess
+import zipfile
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+HPARAMS = {"batch_size": 8, "backbone": "resnet8_w2"}
+TEACHER_HPARAMS = {"teacher_backbone": "resnet8_w4"}
+FLAGS = {"dataset": "Debug28", "steps": 6, "checkpoint_freq": 2, "device": "cpu"}
+
+# What no two runs share: times, and where they lie.
+TIMES = {"step_time", "seconds", "mem_gb"}
+PLACES = {"output_dir", "teachers_dir"}
+
+
+class Tiny:
+    """Trains tiny networks on noise, in the folders below `root`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def make_flags(self, folder: str = "run", hparams: dict[str, Any] | None = None, **flags: Any) -> dict[str, Any]:
+        """Return the flags of a run by name; a flag of None is left out, `hparams` are added to the tiny ones."""
+        tiny = HPARAMS if flags.get("algorithm", "ERM") == "ERM" else HPARAMS | TEACHER_HPARAMS
+        given = {**FLAGS, "output_dir": str(self.root / folder), "hparams": json.dumps(tiny | (hparams or {}))}
+        return {name: value for name, value in {**given, **flags}.items() if value is not None}
+
+    def make_argv(self, *args: Any, **flags: Any) -> list[str]:
+        """Return the same as a command line."""
+        argv = []
+        for name, value in self.make_flags(*args, **flags).items():
+            values = value if isinstance(value, list) else [] if value is True else [value]
+            argv += [f"--{name}", *map(str, values)]
+        return argv
+
+    def train(self, *args: Any, on_step: Callable[[int, int], None] | None = None, **flags: Any) -> Path:
+        """Run or go on with a run in this process."""
+        from daft_domainbed.engine import TrainArgs, train
+
+        return train(TrainArgs(**self.make_flags(*args, **flags)), quiet=True, on_step=on_step)
+
+    def make_teacher(self, algorithm: str = "ERM", folder: str | None = None, **flags: Any) -> Path:
+        """Train a model as a teacher of its own, and return its checkpoint."""
+        backbone = {"backbone": "resnet8_w4"} if algorithm == "ERM" else {}
+        return self.train(folder or algorithm, backbone, algorithm=algorithm, **flags) / "model.pkl"
+
+
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+def strip_times(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: strip_times(item) for key, item in value.items() if key not in TIMES | PLACES}
+    return [strip_times(item) for item in value] if isinstance(value, list) else value
+
+
+def read_outcome(root: Path) -> dict[str, str]:
+    """Return all that should be equal of two folders of runs: files, records without times, weights bit for bit.
+
+    Each file is a short text, so that a failing comparison stays readable.
+    """
+    from daft_domainbed import checkpoints
+
+    outcome: dict[str, str] = {}
+    for path in sorted(root.rglob("*")):
+        name = path.relative_to(root).as_posix()
+        outcome[name] = "there"
+        if path.name == "results.jsonl":
+            for i, record in enumerate(map(strip_times, read_records(path.parent))):
+                text = json.dumps(record, sort_keys=True)
+                outcome[f"{name}:{i}"] = f"step {record['step']}, loss {record['loss']!r}, {hash_text(text)}"
+        elif path.suffix == ".pkl":
+            content = checkpoints.load_checkpoint(path)
+            hparams = json.dumps(content["model_hparams"], sort_keys=True)
+            weights = checkpoints.hash_state(content["model_dict"])
+            outcome[name] = f"step {content['step']}, weights {weights[:16]}, hparams {hash_text(hparams)}"
+    return outcome
+
+
+def hash_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class Hostile:
+    """Runs code when it is unpickled: it makes the file `sentinel`, in one of several ways."""
+
+    WAYS: ClassVar[dict[str, Callable[[Path], tuple[Any, ...]]]] = {
+        "system": lambda sentinel: (os.system, (f"touch {sentinel}",)),
+        "subprocess": lambda sentinel: (subprocess.check_call, (["touch", str(sentinel)],)),
+        "eval": lambda sentinel: (eval, (f"open({str(sentinel)!r}, 'w')",)),
+        "exec": lambda sentinel: (exec, (f"open({str(sentinel)!r}, 'w')",)),
+        "open": lambda sentinel: (open, (str(sentinel), "w")),
+        "method": lambda sentinel: (Path.touch, (sentinel,)),
+    }
+
+    def __init__(self, way: str, sentinel: Path) -> None:
+        self.call = self.WAYS[way](sentinel)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.call
+
+
+def copy_with_pickle(source: Path, target: Path, content: bytes) -> None:
+    with zipfile.ZipFile(source) as archive, zipfile.ZipFile(target, "w") as copy:
+        for name in archive.namelist():
+            copy.writestr(name, content if name.endswith("/data.pkl") else archive.read(name))
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Iterator[Tiny]:
+    """Trains tiny networks below the test's own folder, and leaves host and random states as they were."""
+    from daft_domainbed import plugin
+    from daft_domainbed.randomness import preserve_states
+
+    with preserve_states():
+        yield Tiny(tmp_path)
+    plugin.unregister(plugin.find_host())
+
+
+@pytest.fixture(scope="session")
+def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """An ERM and an AFT checkpoint on Debug28, environment 0 held out; not to be written to."""
+    from daft_domainbed import plugin
+    from daft_domainbed.randomness import preserve_states
+
+    made = Tiny(tmp_path_factory.mktemp("teachers"))
+    with preserve_states():
+        paths = {"ERM": made.make_teacher("ERM")}
+        paths["AFT"] = made.train("AFT", {"teacher": str(paths["ERM"])}, algorithm="AFT") / "model.pkl"
+    plugin.unregister(plugin.find_host())
+    return paths
+
+
+@pytest.fixture(params=sorted(Hostile.WAYS))
+def hostile(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Hostile]:
+    """Something that must never be unpickled, in every way that there is; the test fails where it was."""
+    sentinel = tmp_path / "sentinel"
+    yield Hostile(request.param, sentinel)
+    assert not sentinel.exists()
+
+
+@pytest.fixture
+def every_hostile(tmp_path: Path) -> Iterator[list[Hostile]]:
+    """All of them; the test fails where one was unpickled."""
+    sentinel = tmp_path / "sentinel"
+    yield [Hostile(way, sentinel) for way in sorted(Hostile.WAYS)]
+    assert not sentinel.exists()
+
+
+@pytest.fixture
+def replace_pickle() -> Callable[[Path, Path, bytes], None]:
+    """Copies a checkpoint with another pickle in it, around the same tensors; the archive is whole."""
+    return copy_with_pickle
+
+
+FOLDER_HPARAMS = {"input_size": 16, "batch_size": 4}
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    """Three domains of two classes of five small pictures each, for runs with `FOLDER_HPARAMS`."""
+    from PIL import Image
+
+    folder = tmp_path / "pictures"
+    for i in range(30):
+        place = folder / "abc"[i % 3] / "xy"[i % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (8 * i, 255 - 8 * i, 100)).save(place / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def gather_facts(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Returns the facts that a run with these flags gives to its algorithm, of which nothing is trained."""
+    from daft_domainbed import provenance
+    from daft_domainbed.algorithms import daft
+
+    class Gathered(Exception):
+        pass
+
+    def gather(**flags: Any) -> Any:
+        facts = []
+
+        def stop(*args: object) -> None:
+            facts.append(provenance.get_run_facts())
+            raise Gathered
+
+        with monkeypatch.context() as patch, pytest.raises(Gathered):
+            patch.setattr(daft, "load_teacher", stop)
+            tiny.train(**{"algorithm": "KD", **flags})
+        return facts[0]
+
+    return gather
+
+
+@pytest.fixture
+def records() -> Callable[[Path], list[dict[str, Any]]]:
+    """Reads the records of a run."""
+    return read_records
+
+
+@pytest.fixture
+def outcome() -> Callable[[Path], dict[str, str]]:
+    """Reads all that should be equal of two folders of runs."""
+    return read_outcome
+
+
+@pytest.fixture
+def run_train(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, list[str]]]:
+    """Runs `daft-domainbed train` in this process; returns its exit status and the lines of its standard error."""
+    from daft_domainbed.cli import run_command
+
+    def run(argv: list[str]) -> tuple[int, list[str]]:
+        capfd.readouterr()
+        status = run_command("train", argv)
+        return status, capfd.readouterr().err.splitlines()
+
+    return run
+
+
+@pytest.fixture
+def start_script(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], BaseProcess]]:
+    """Runs a script in a process of its own, forked from a server that has imported torch: a start takes no time."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["daft_domainbed.engine", "daft_domainbed.algorithms"])
+    folder = tmp_path_factory.mktemp("scripts")
+    started: list[BaseProcess] = []
+
+    def start(code: str) -> BaseProcess:
+        path = folder / f"{len(started)}.py"
+        path.write_text(code)
+        process = context.Process(target=runpy.run_path, args=(str(path),))
+        process.start()
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.join()
