@@ -11,6 +11,7 @@ import argparse
 import ast
 import errno
 import inspect
+import itertools
 import os
 import re
 import sys
@@ -70,9 +71,11 @@ class ArgumentParser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse as argparse does, but name a mistyped flag before complaining of the required one it stood for."""
         arguments = list(sys.argv[1:] if args is None else args)
-        # With sub-commands, or arguments for another program, the flags are not all this parser's own.
-        if not any(action.nargs in (argparse.PARSER, argparse.REMAINDER) for action in self._actions):
-            self._refuse_unknown_flags(arguments)
+        own = arguments
+        if any(action.nargs in (argparse.PARSER, argparse.REMAINDER) for action in self._actions):
+            # From a sub-command's or another program's name on, the flags are not this parser's.
+            own = list(itertools.takewhile(lambda argument: argument.startswith("-"), arguments))
+        self._refuse_unknown_flags(own)
         parsed, unexpected = super().parse_known_args(arguments, namespace)
         if unexpected:
             self.error(f"unexpected argument {unexpected[0]!r}: {self.prog} --help shows the flags and examples")

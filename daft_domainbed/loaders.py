@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate
+from torch.utils.data import TensorDataset, default_collate
 
 from daft_domainbed.errors import UsageError
 from daft_domainbed.streams import Stream
@@ -33,7 +33,7 @@ def _make_fetch(split: Any) -> tuple[Callable[[list[int]], tuple[Tensor, Tensor]
     keys = torch.as_tensor(split.keys, dtype=torch.int64)
     if hasattr(data, "fetch"):
         return lambda indices: data.fetch(keys[indices]), False
-    if hasattr(data, "tensors"):
+    if type(data) is TensorDataset:  # a class derived from it may change what it serves
         images, labels = data.tensors
         return lambda indices: (images[keys[indices]], labels[keys[indices]]), False
     return lambda indices: default_collate([_load_sample(split, index) for index in indices]), True

@@ -60,6 +60,8 @@ def find_host(name: str = "embedded") -> Host:
     try:
         return Host(name, *(importlib.import_module(f"{package}.{part}") for part in parts))
     except ImportError as error:
+        if name == "embedded":
+            raise
         raise UsageError(
             f"--host upstream: {error}; set DOMAINBED_ROOT to a clone of facebookresearch/DomainBed and run "
             f"'pip install wilds timm tqdm'"
@@ -67,6 +69,7 @@ def find_host(name: str = "embedded") -> Host:
 
 
 def _put_clone_on_path() -> None:
+    sys.dont_write_bytecode = True  # the clone stays byte for byte as it was
     root = os.environ.get("DOMAINBED_ROOT")
     if not root:
         return
@@ -85,10 +88,8 @@ def register(host: Host) -> None:
 
     from daft_domainbed.algorithms import MIXINS
 
-    for name, mixin in MIXINS.items():
-        algorithm = type(name, (mixin, host.algorithms.ERM), {"__doc__": mixin.__doc__, "__module__": mixin.__module__})
-        _set(host.algorithms, name, algorithm, undo)
-        _append(host.algorithms.ALGORITHMS, name, undo)
+    for name, mixin in (MIXINS | _added).items():
+        _add_to_host(host, name, mixin)
 
     if host.name != "embedded":
         embedded = importlib.import_module("daft_domainbed.embedded.datasets")
@@ -112,7 +113,28 @@ def unregister(host: Host) -> None:
         step()
 
 
+def add_algorithm(name: str, mixin: type, *, like: str = "ERM") -> None:
+    """Add an algorithm of your own, a mixin over the host's ERM, to every host.
+
+    Args:
+        name: As given to `--algorithm`.
+        mixin: Its `__init__` and `update` are an Algorithm's.
+        like: Whose hyperparameters and teacher it has: ERM (no teacher), KD, DAFT or AFT.
+    """
+    hparams.add_algorithm(name, like)
+    _added[name] = mixin
+    for registered in _undo:
+        _add_to_host(find_host(registered), name, mixin)
+
+
+def _add_to_host(host: Host, name: str, mixin: type) -> None:
+    algorithm = type(name, (mixin, host.algorithms.ERM), {"__doc__": mixin.__doc__, "__module__": mixin.__module__})
+    _set(host.algorithms, name, algorithm, _undo[host.name])
+    _append(host.algorithms.ALGORITHMS, name, _undo[host.name])
+
+
 _undo: dict[str, list[Callable[[], None]]] = {}
+_added: dict[str, type] = {}
 
 
 def _set(module: ModuleType, name: str, value: Any, undo: list[Callable[[], None]]) -> None:
@@ -157,7 +179,7 @@ def _extend_hparams(host: Host) -> Callable[[str, str, int], dict[str, tuple[Any
         pairs: dict[str, tuple[Any, Any]] = original(algorithm, _SMALL_DATASET if is_small else dataset, random_seed)
         if dataset in OUR_DATASETS:  # upstream's largest draw, 512, would exceed a domain
             pairs["batch_size"] = (_OUR_BATCH_SIZE, int(2 ** draw_random("batch_size").uniform(3, 7)))
-        return pairs | hparams.build_hparams(algorithm, dataset, shape, draw_random)
+        return pairs | hparams.build_hparams(algorithm, dataset, shape, get_pixels(host, dataset), draw_random)
 
     return _hparams
 
@@ -168,11 +190,16 @@ def _extend_featurizer(host: Host) -> Callable[[tuple[int, ...], Mapping[str, An
     def Featurizer(input_shape: tuple[int, ...], hparams: Mapping[str, Any]) -> Any:  # noqa: N802 - the host's name
         name = hparams.get("backbone", "default")
         if name != "default":
-            featurizer = backbones.build_backbone(name, input_shape, hparams.get("weights", "pretrained"))
+            side, pixels = hparams.get("backbone_input_size", "auto"), hparams.get("pixels", "imagenet")
+            featurizer = backbones.build_backbone(
+                name,
+                input_shape,
+                hparams.get("weights", "pretrained"),
+                None if side == "auto" else side,
+                INPUT_SPECS[pixels],
+            )
         elif len(input_shape) == 3 and input_shape[-1] > 32 and input_shape[-1] != 224:
-            featurizer = host.networks.ResNet(
-                input_shape, hparams
-            )  # any size does for it, though the host does not say
+            featurizer = host.networks.ResNet(input_shape, hparams)  # takes any size, though the host does not say so
         else:
             featurizer = original(input_shape, hparams)
         return backbones.freeze(featurizer) if hparams.get("backbone_frozen") else featurizer
@@ -225,34 +252,38 @@ def get_algorithm_class(host: Host, name: str) -> type:
     raise UsageError(f"no algorithm {name!r} in host {host.name}.{hint}")
 
 
-def get_dataset_class(host: Host, name: str) -> type:
+def get_dataset_class(host: Host, name: str) -> Any:
     """Return a data set's class.
 
     Raises:
         UsageError: The host has none of that name; says the nearest.
     """
     if host.name == "embedded" or name in host.datasets.DATASETS or name.startswith("folder:"):
-        dataset: type = host.datasets.get_dataset_class(name)
-        return dataset
+        return host.datasets.get_dataset_class(name)
     raise UsageError(f"no data set {name!r} in host {host.name}.{suggest(name, host.datasets.DATASETS)}")
 
 
 def get_environments(host: Host, dataset: str) -> list[str]:
     """Return the names of a data set's environments."""
-    return list(get_dataset_class(host, dataset).ENVIRONMENTS)  # type: ignore[attr-defined]
+    return list(get_dataset_class(host, dataset).ENVIRONMENTS)
 
 
-def get_input_spec(dataset: Any) -> InputSpec:
-    """Return how a data set normalises its images; upstream's classes are told by their ancestors."""
-    name = getattr(dataset, "INPUT_SPEC", None)
+def get_pixels(host: Host, dataset: str) -> str:
+    """Return which of INPUT_SPECS says how a data set normalises its images; upstream's are told by their ancestors."""
+    if dataset.startswith("folder:"):
+        return "imagenet"
+    dataset_class = getattr(host.datasets, dataset, None)
+    name: str | None = getattr(dataset_class, "INPUT_SPEC", None)
     if name is None:
-        kind = type(dataset)
-        name = "imagenet"
-        if _has_ancestor(kind, "MultipleEnvironmentMNIST"):
-            name = "unit"
-        elif _has_ancestor(kind, "Debug"):
-            name = "none"
-    return INPUT_SPECS[name]
+        if _has_ancestor(dataset_class, "MultipleEnvironmentMNIST"):
+            return "unit"
+        return "none" if _has_ancestor(dataset_class, "Debug") else "imagenet"
+    return name
+
+
+def get_input_spec(host: Host, dataset: str) -> InputSpec:
+    """Return how a data set normalises its images."""
+    return INPUT_SPECS[get_pixels(host, dataset)]
 
 
 def is_seeded(dataset_class: type) -> bool:

@@ -16,55 +16,20 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import BatchSampler, RandomSampler, WeightedRandomSampler
+from torch.utils.data._utils.worker import _generate_state
 
-States = dict[str, Any]
-
-
-def capture_states(*, cuda: bool = True) -> States:
-    """Return the global random states of Python, NumPy, torch and (unless told otherwise) CUDA, as plain types."""
-    name, keys, position, has_gauss, gauss = np.random.get_state()
-    states: States = {
-        "python": random.getstate(),
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
-        "torch": torch.get_rng_state(),
-    }
-    if cuda and torch.cuda.is_initialized():
-        states["cuda"] = torch.cuda.get_rng_state_all()
-    return states
+from daft_domainbed.randomness import States, capture_states, preserve_states, restore_states
 
 
-def restore_states(states: States) -> None:
-    """Put captured random states back in place."""
-    version, internal, gauss = states["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, *rest = states["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(states["torch"])
-    if "cuda" in states:
-        torch.cuda.set_rng_state_all(states["cuda"])
-
-
-@contextmanager
-def preserve_states(*, cuda: bool = True) -> Iterator[None]:
-    """Leave all global random states as they were, whatever is drawn inside."""
-    states = capture_states(cuda=cuda)
-    try:
-        yield
-    finally:
-        restore_states(states)
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch as DomainBed's training script does."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+def _seed_worker(base_seed: int, worker: int) -> None:
+    random.seed(base_seed + worker)
+    np.random.seed(_generate_state(base_seed, worker))
+    torch.default_generator.manual_seed(base_seed + worker)  # a worker process would not touch our CUDA generators
 
 
 def _draw_seed() -> int:
@@ -74,9 +39,8 @@ def _draw_seed() -> int:
 class _Indices:
     """An endless stream of index batches: one of upstream's samplers, pass after pass."""
 
-    def __init__(self, size: int, batch_size: int, *, weights: Tensor | None, replacement: bool) -> None:
-        self.size, self.batch_size, self.replacement = size, batch_size, replacement
-        self.weights = None if weights is None else weights.double()
+    def __init__(self, size: int, batch_size: int, weights: Tensor | None, training: bool) -> None:
+        self.size, self.batch_size, self.weights, self.training = size, batch_size, weights, training
         self.seed: int | None = None  # of the pass in progress
         self.drawn = 0  # batches that it has given
         self._pass: list[list[int]] = []
@@ -84,35 +48,26 @@ class _Indices:
     def pull(self) -> list[int]:
         """Return the next batch of indices, beginning a pass where one has ended."""
         if self.weights is not None:
-            return torch.multinomial(self.weights, self.batch_size, replacement=True).tolist()
-        if self.seed is None or self.drawn == len(self._pass):
-            self.seed, self.drawn = _draw_seed(), 0
-            self._pass = self._make_pass(self.seed)
+            return list(WeightedRandomSampler(self.weights, self.batch_size))  # type: ignore[arg-type]
+        if self.drawn == len(self._pass):
+            self._begin_pass(_draw_seed())
         self.drawn += 1
         return self._pass[self.drawn - 1]
 
-    def _make_pass(self, seed: int) -> list[list[int]]:
-        generator = torch.Generator()
-        generator.manual_seed(seed)
-        if self.replacement:  # upstream's sampler draws in chunks of 32
-            chunks = [
-                torch.randint(self.size, (min(32, self.size - start),), dtype=torch.int64, generator=generator)
-                for start in range(0, self.size, 32)
-            ]
-            order = torch.cat(chunks).tolist()
-        else:
-            order = torch.randperm(self.size, generator=generator).tolist()
-        batches = [order[start : start + self.batch_size] for start in range(0, self.size, self.batch_size)]
-        if self.replacement and len(batches[-1]) < self.batch_size:
-            batches.pop()  # training drops the last, incomplete batch; evaluation keeps it
-        return batches
+    def _begin_pass(self, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        sampler = RandomSampler(range(self.size), replacement=self.training, generator=generator)
+        self._pass = list(BatchSampler(sampler, self.batch_size, drop_last=self.training))
+        self.seed, self.drawn = seed, 0
 
     def state_dict(self) -> States:
         return {"seed": self.seed, "drawn": self.drawn}
 
     def load_state_dict(self, state: States) -> None:
-        self.seed, self.drawn = state["seed"], state["drawn"]
-        self._pass = [] if self.seed is None else self._make_pass(self.seed)
+        self.seed, self._pass = None, []
+        if state["seed"] is not None:
+            self._begin_pass(state["seed"])
+        self.drawn = state["drawn"]
 
 
 class Stream:
@@ -140,7 +95,7 @@ class Stream:
         draws: bool = True,
     ) -> None:
         self.fetch, self.num_workers, self.draws = fetch, num_workers, draws
-        self.indices = _Indices(size, batch_size, weights=weights, replacement=training)
+        self.indices = _Indices(size, batch_size, weights, training)
         self.batches_a_pass = -(-size // batch_size)
         self.base_seed = _draw_seed()
         self.queue = deque(self.indices.pull() for _ in range(2 * num_workers))
@@ -167,8 +122,7 @@ class Stream:
             if worker in self.workers:
                 restore_states(self.workers[worker])
             else:
-                seed_everything(self.base_seed + worker)
-                np.random.seed(torch.utils.data._utils.worker._generate_state(self.base_seed, worker))
+                _seed_worker(self.base_seed, worker)
             batch = self.fetch(indices)
             self.workers[worker] = capture_states(cuda=False)
         return batch

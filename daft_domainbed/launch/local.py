@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
@@ -47,8 +47,8 @@ class _Running:
 def run_jobs(root: Path, jobs: Sequence[Job], *, n_jobs: int, threads: int, observer: Observer) -> dict[str, str]:
     """Run what is not done of a plan, teachers before those that need them, and return the failures by folder.
 
-    A job whose teacher failed is not run; the rest goes on. Jobs that were interrupted go on where they were. When
-    this process dies, its jobs end with it.
+    A job whose teacher failed is not run but marked as failed; the rest goes on. Jobs that were interrupted go on
+    where they were. When this process dies, its jobs end with it.
 
     Args:
         root: The sweep's folder.
@@ -73,6 +73,7 @@ def run_jobs(root: Path, jobs: Sequence[Job], *, n_jobs: int, threads: int, obse
                 if failed := next((folder for folder in job.needs if folder in failures), None):
                     waiting.remove(job)
                     failures[job.folder] = f"its teacher {failed} failed"
+                    _leave_failure(root / job.folder, failures[job.folder])
                     observer.end(job, failures[job.folder], 0.0)
                 elif len(running) < n_jobs and done.issuperset(job.needs):
                     waiting.remove(job)
@@ -98,7 +99,7 @@ def is_done(folder: Path) -> bool:
 
 def _start(context: Any, root: Path, job: Job, threads: int) -> _Running:
     ours, theirs = context.Pipe()
-    process = context.Process(target=_work, args=(theirs, str(root / job.folder), job.args, threads))
+    process = context.Process(target=_work, args=(theirs, root / job.folder, job.args, threads))
     process.start()
     theirs.close()
     return _Running(job, process, ours, time.monotonic())
@@ -127,13 +128,12 @@ def _read_failure(folder: Path, process: Any) -> str:
     return f"its process ended with status {process.exitcode}; the same command goes on where it was"
 
 
-def _work(connection: Connection, folder: str, args: TrainArgs, threads: int) -> None:
+def _work(connection: Connection, folder: Path, args: TrainArgs, threads: int) -> None:
     """Train in a process of its own; what goes wrong is left in the job's folder."""
     import torch
 
     torch.set_num_threads(threads)
     threading.Thread(target=_end_with_parent, args=(connection,), daemon=True).start()
-    Path(folder).mkdir(parents=True, exist_ok=True)
     sys.stderr = sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - the run's own files have it all
     last = 0.0
 
@@ -141,25 +141,27 @@ def _work(connection: Connection, folder: str, args: TrainArgs, threads: int) ->
         nonlocal last
         if time.monotonic() - last > _SECONDS_BETWEEN_REPORTS or step == n_steps:
             last = time.monotonic()
-            connection.send((step, n_steps))
+            with suppress(OSError):  # the launcher is gone: an interruption, not a failure
+                connection.send((step, n_steps))
 
     try:
-        train(replace(args, output_dir=folder), quiet=True, wait=True, on_step=report)
+        train(replace(args, output_dir=str(folder)), quiet=True, wait=True, on_step=report)
     except KeyboardInterrupt:
         os._exit(130)
     except (UsageError, RunError, OSError) as error:
         _leave_failure(folder, " ".join(str(error).split()))
         os._exit(1)
     except Exception as error:
-        with suppress(OSError), open(Path(folder) / "err.txt", "a") as file:
+        with suppress(OSError), (folder / "err.txt").open("a") as file:
             traceback.print_exc(file=file)
         _leave_failure(folder, f"{type(error).__name__}: {' '.join(str(error).split())} (traceback in its err.txt)")
         os._exit(1)
 
 
-def _leave_failure(folder: str, line: str) -> None:
+def _leave_failure(folder: Path, line: str) -> None:
     with suppress(OSError):
-        (Path(folder) / FAILED_FILE).write_text(line + "\n")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / FAILED_FILE).write_text(line + "\n")
 
 
 def _end_with_parent(connection: Connection) -> None:

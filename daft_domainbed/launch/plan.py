@@ -114,8 +114,10 @@ def write_plan(sweep: SweepArgs, jobs: list[Job]) -> None:
         "args": {name: value for name, value in args.items() if name not in _INCIDENTAL}
         | ({name: _merge(old["args"][name], args[name]) for name in ("datasets", "algorithms")} if old else {}),
         "environments": (old or {}).get("environments", {}) | environments,
-        "jobs": [asdict(job) for job in jobs] + [job for job in (old or {}).get("jobs", []) if job["folder"] not in known],
+        "jobs": [asdict(job) for job in jobs]
+        + [job for job in (old or {}).get("jobs", []) if job["folder"] not in known],
     }
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
@@ -136,7 +138,9 @@ def _check_growth(old: dict[str, Any], new: dict[str, Any], folder: Path) -> Non
         if name not in (*_MAY_GROW, *_INCIDENTAL) and old.get(name) != value
     ]
     if different:
-        raise UsageError(f"{folder} holds a sweep with other arguments ({'; '.join(different)}): choose another --output_dir")
+        raise UsageError(
+            f"{folder} holds a sweep with other arguments ({'; '.join(different)}): choose another --output_dir"
+        )
 
 
 def _merge(old: Iterable[str], new: Iterable[str]) -> list[str]:
@@ -144,14 +148,16 @@ def _merge(old: Iterable[str], new: Iterable[str]) -> list[str]:
 
 
 def _check_hparams(host: plugin.Host, sweep: SweepArgs, user: dict[str, Any]) -> None:
-    """Refuse a name that no algorithm of the sweep knows; each job is then given its own."""
+    """Refuse names that no algorithm of the sweep knows, and impossible values; each job is then given its own."""
     stages = {stage for algorithm in sweep.algorithms for stage in list_stages(algorithm)}
     for algorithm in sweep.algorithms:
         plugin.get_algorithm_class(host, algorithm)
     for dataset in sweep.datasets:
         plugin.get_dataset_class(host, dataset)
-        known = {key for stage in stages for key in plugin.get_default_hparams(host, stage, dataset, user)}
-        hparams.check_names(user, known, sweep.algorithms)
+        defaults = [plugin.get_default_hparams(host, stage, dataset, user) for stage in stages]
+        hparams.check_names(user, {name for known in defaults for name in known}, sweep.algorithms)
+        for known in defaults:
+            hparams.check_values(user, known)
 
 
 def _list_students(host: plugin.Host, sweep: SweepArgs, user: dict[str, Any]) -> Iterator[TrainArgs]:
@@ -216,7 +222,7 @@ def _plan_chain(host: plugin.Host, sweep: SweepArgs, student: TrainArgs) -> list
         resolved = resolve_hparams(host, args, user)
         if resolved["teacher"] != "auto":
             break
-        n_steps = args.steps or plugin.get_dataset_class(host, args.dataset).N_STEPS  # type: ignore[attr-defined]
+        n_steps = args.steps or plugin.get_dataset_class(host, args.dataset).N_STEPS
         job = plan_teacher(args.algorithm, resolved, make_request(args, n_steps), user, host, args.precision)
         args = make_teacher_args(args, job.request, job.hparams, store / job.identity)
         teacher = _name_folder(store / job.identity, root)

@@ -33,7 +33,7 @@ with contextlib.suppress(ImportError):
 
     LOADERS = (loads, json.loads)  # orjson is faster, and refuses the NaN that DomainBed's writer leaves in a line
 
-RESULTS, PLAN, TEACHERS = "results.jsonl", "plan.json", "teachers"
+RESULTS, PLAN, TEACHERS, BESIDE = "results.jsonl", "plan.json", "teachers", "provenance.json"
 
 
 class JobKey(NamedTuple):
@@ -300,6 +300,8 @@ def _read_run(root: Path, folder: str, notes: list[Note]) -> Run | None:
     if not by_step:
         return None
     records = [by_step[step] for step in sorted(by_step)]
+    if BESIDE in names:  # a run of DomainBed's own loop, whose records cannot hold it
+        records[0] = _read_beside(root / folder / BESIDE) | records[0]
     times = [record.get("step_time") for record in records]
     return Run(
         folder=folder,
@@ -311,6 +313,15 @@ def _read_run(root: Path, folder: str, notes: list[Note]) -> Run | None:
         accs=np.array(list(map(itemgetter(*_name_accs(n_envs)), records)), float).reshape(len(records), n_envs, 2),
         is_done="done" in names,
     )
+
+
+def _read_beside(path: Path) -> dict[str, Any]:
+    """Return what our first records say and upstream's do not: the environments' names and the teacher."""
+    try:
+        beside = as_dict(json.loads(path.read_bytes()))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return {name: beside[name] for name in ("environments", "teacher") if name in beside}
 
 
 def _parse_lines(data: bytes, problems: dict[str, list[int]]) -> Lines:

@@ -49,13 +49,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             plugin.add_folder_dataset(host, name)
     user = hparams.parse_json(known.hparams)
     _check_hparams(host, known, user)
-    if args.module == TRAIN and known.algorithm in hparams.TEACHER_KINDS:
+    if args.module == TRAIN:
         _watch_training(host, args.args)
     if args.module == SWEEP:
         plugin.redirect_launchers(host, f"{shlex.quote(sys.executable)} -m daft_domainbed.scripts.host")
+    argv_before, streams = sys.argv, (sys.stdout, sys.stderr)
     sys.argv = [args.module, *args.args]
-    with plugin.assuming(user):
-        runpy.run_module(args.module, run_name="__main__", alter_sys=True)
+    try:
+        with plugin.assuming(user):
+            runpy.run_module(args.module, run_name="__main__", alter_sys=True)
+    finally:
+        # Upstream puts its own tees in their place and leaves them there.
+        sys.argv, (sys.stdout, sys.stderr) = argv_before, streams
     return 0
 
 

@@ -45,18 +45,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the main job."""
     args = vars(build_parser().parse_args(argv))
     dataset, n_jobs, threads = args.pop("dataset"), args.pop("n_jobs"), args.pop("threads")
-    name = re.sub(r"[^\w.-]+", "_", dataset.rstrip("/").rpartition("/")[2]) if ":" in dataset else dataset
-    args["output_dir"] = args["output_dir"] or f"runs/{name}"
 
     from daft_domainbed.launch.local import is_done, run_jobs
     from daft_domainbed.launch.plan import SweepArgs, make_plan, write_plan
     from daft_domainbed.launch.progress import SweepProgress
     from daft_domainbed.plugin import find_host, get_environments
+    from daft_domainbed.provenance import name_dataset
 
+    name = re.sub(r"[^\w.-]+", "_", name_dataset(dataset).removeprefix("folder:"))
+    args["output_dir"] = args["output_dir"] or f"runs/{name}"
     sweep = SweepArgs(datasets=[dataset], single_test_envs=True, **args)
     jobs = make_plan(sweep)
     root = Path(sweep.output_dir)
-    root.mkdir(parents=True, exist_ok=True)
     write_plan(sweep, jobs)
     waiting = [job for job in jobs if not is_done(root / job.folder)]
     environments = {dataset: get_environments(find_host(sweep.host), dataset)}

@@ -42,7 +42,9 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that a single run and a whole sweep have in common."""
     parser.add_argument("--data_dir", help="folder of the data sets; only for those that are read from files")
     parser.add_argument("--hparams", help="JSON object of hyperparameters, over the defaults or the random draw")
-    parser.add_argument("--task", default="domain_generalization", choices=["domain_generalization", "domain_adaptation"])
+    parser.add_argument(
+        "--task", default="domain_generalization", choices=["domain_generalization", "domain_adaptation"]
+    )
     parser.add_argument("--checkpoint_freq", type=positive_int, help="updates between evaluations")
     parser.add_argument("--holdout_fraction", type=fraction, default=0.2, help="out-split's share of a domain")
     parser.add_argument(

@@ -1,0 +1,139 @@
+"""DomainBed's own loop, our engine over DomainBed's parts, and our engine over the embedded host: the same numbers.
+
+The first is a process of its own, `python -m domainbed.scripts.train` with its eight loader workers a loader, inside
+the clone; the other two start no worker. Records and final weights have to agree to the last bit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+
+from daft_domainbed import checkpoints
+from daft_domainbed.engine import TrainArgs, train
+
+pytestmark = pytest.mark.usefixtures("upstream")  # which takes back what our engine registers
+
+# What a clock says, and what only one of the two loops writes.
+APART = {"step_time", "args", "hparams", "environments", "machine", "seconds"}
+
+# DomainBed's script where it would download weights (both sides start from the same random ones), and with our data.
+RUNNER = """
+import runpy, timm, torchvision
+for name in ("resnet18", "resnet50"):
+    setattr(torchvision.models, name, lambda build=getattr(torchvision.models, name), **_: build())
+timm.create_model = lambda name, create=timm.create_model, **_: create(name)
+from daft_domainbed import plugin
+plugin.register(plugin.find_host("upstream"))
+runpy.run_module("domainbed.scripts.train", run_name="__main__", alter_sys=True)
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training run, for every loop."""
+
+    name: str
+    args: dict[str, Any]
+    hparams: dict[str, Any] = field(default_factory=dict)
+    hosts: tuple[str, ...] = ("upstream", "embedded")
+    needs_runner: bool = False  # DomainBed's module alone could not run it here
+
+
+SMALL = {"batch_size": 8}
+RESNET18 = {"resnet18": True, "resnet50_augmix": False, "batch_size": 2}
+ADAPTATION = {"task": "domain_adaptation", "uda_holdout_fraction": 0.4}
+PAST_EVERY_WORKER = {"steps": 10, "checkpoint_freq": 9}
+
+CASES = [
+    Case("rotated", {"dataset": "RotatedMNIST", "test_envs": [1]}, SMALL),
+    Case(
+        "colored-pair-draw-adaptation",
+        {"dataset": "ColoredMNIST", "test_envs": [2, 0], "hparams_seed": 3, **ADAPTATION},
+        SMALL,
+    ),
+    Case(
+        "balanced-dann-adaptation",
+        {"dataset": "Debug28", "algorithm": "DANN", "test_envs": [2], **ADAPTATION},
+        SMALL | {"class_balanced": True},
+        hosts=("upstream",),
+    ),
+    Case("pacs", {"dataset": "PACS", "test_envs": [3], **PAST_EVERY_WORKER}, RESNET18, needs_runner=True),
+    Case(
+        "pacs-pair-balanced-uda",
+        {"dataset": "PACS", "test_envs": [0, 2], "uda_holdout_fraction": 0.5, **PAST_EVERY_WORKER},
+        RESNET18 | {"class_balanced": True},
+        needs_runner=True,
+    ),
+    Case("emoji", {"dataset": "EmojiStyles", "test_envs": [3]}, {"backbone": "resnet8_w2"}, needs_runner=True),
+]
+
+
+def test_debug_run_is_equal(clone: str, data_dir: str, tmp_path: Path) -> None:
+    check(Case("debug", {"dataset": "Debug28"}, SMALL), clone, data_dir, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_run_is_equal(case: Case, clone: str, data_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build = torchvision.models.resnet18
+    monkeypatch.setattr(torchvision.models, "resnet18", lambda **_: build())
+    check(case, clone, data_dir, tmp_path)
+
+
+def check(case: Case, clone: str, data_dir: str, folder: Path) -> None:
+    args = {"steps": 20, "checkpoint_freq": 8, "seed": 5, "trial_seed": 1, "data_dir": data_dir, **case.args}
+    args["hparams"] = json.dumps(case.hparams)
+    with start_upstream(args, folder / "theirs", clone, needs_runner=case.needs_runner) as process:
+        for host in case.hosts:
+            train(TrainArgs(**args, host=host, device="cpu", output_dir=str(folder / host)), quiet=True)
+        _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    for host in case.hosts:
+        assert_same_run(folder / host, folder / "theirs")
+
+
+def start_upstream(args: dict[str, Any], folder: Path, clone: str, *, needs_runner: bool) -> subprocess.Popen[str]:
+    command = [sys.executable, *(["-c", RUNNER] if needs_runner else ["-m", "domainbed.scripts.train"])]
+    for name, value in args.items():
+        command += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    ours = str(Path(checkpoints.__file__).parents[1])
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([clone, ours]),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONWARNINGS": "ignore",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "DOMAINBED_ROOT": clone,
+    }
+    return subprocess.Popen(
+        [*command, "--output_dir", str(folder)],
+        cwd=clone,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def assert_same_run(ours: Path, theirs: Path) -> None:
+    for our, their in zip(read_records(ours), read_records(theirs), strict=True):
+        assert {k: v for k, v in our.items() if k not in APART} == {k: v for k, v in their.items() if k not in APART}
+        assert their["hparams"].items() <= our["hparams"].items()
+    our_model, their_model = (checkpoints.load(folder / "model.pkl") for folder in (ours, theirs))
+    our_weights, their_weights = our_model["model_dict"], their_model["model_dict"]
+    assert our_weights.keys() == their_weights.keys()
+    assert [name for name in our_weights if not torch.equal(our_weights[name], their_weights[name])] == []
+
+
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]

@@ -1,0 +1,264 @@
+"""Whole sweeps of tiny networks, in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from daft_domainbed.launch.local import run_jobs
+from daft_domainbed.launch.plan import Job, SweepArgs, make_plan
+
+TINY = {"batch_size": 8, "backbone": "resnet8_w2", "teacher_backbone": "resnet8_w4"}
+CLOCKS = {"step_time", "seconds"}
+
+
+class Diary:
+    """An observer that remembers."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, str]] = []
+        self.reports: dict[str, list[tuple[int, int]]] = {}
+        self.failures: dict[str, str | None] = {}
+        self.at_once = self.most_at_once = 0
+
+    def start(self, job: Job) -> None:
+        self.events.append(("start", job.folder))
+        self.at_once += 1
+        self.most_at_once = max(self.most_at_once, self.at_once)
+
+    def advance(self, job: Job, step: int, n_steps: int) -> None:
+        self.reports.setdefault(job.folder, []).append((step, n_steps))
+
+    def end(self, job: Job, failure: str | None, seconds: float) -> None:
+        if ("start", job.folder) in self.events:
+            self.at_once -= 1
+        self.events.append(("end", job.folder))
+        self.failures[job.folder] = failure
+
+
+def plan(root: Path, **user: Any) -> list[Job]:
+    """All stages of ERM, KD and DAFT with Debug28's first domain held out: five jobs."""
+    sweep = SweepArgs(
+        datasets=["Debug28"],
+        algorithms=["ERM", "KD", "DAFT"],
+        output_dir=str(root),
+        n_trials=1,
+        n_hparams=1,
+        single_test_envs=True,
+        steps=6,
+        checkpoint_freq=2,
+        hparams=json.dumps(TINY | user),
+        device="cpu",
+    )
+    return [job for job in make_plan(sweep) if job.args.test_envs == [0]]
+
+
+def run(root: Path, jobs: list[Job], n_jobs: int = 2) -> tuple[dict[str, str], Diary]:
+    diary = Diary()
+    return run_jobs(root, jobs, n_jobs=n_jobs, threads=1, observer=diary), diary
+
+
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """A run's records without what a clock or the place says."""
+
+    def strip(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: strip(item) for name, item in value.items() if name not in CLOCKS}
+        return value
+
+    records = [strip(json.loads(line)) for line in (folder / "results.jsonl").read_text().splitlines()]
+    for record in records:
+        del record["args"]["output_dir"], record["args"]["teachers_dir"]
+    return records
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Job], dict[str, str], Diary]:
+    """A sweep that was run two jobs at a time."""
+    root = tmp_path_factory.mktemp("sweep")
+    jobs = plan(root)
+    return root, jobs, *run(root, jobs)
+
+
+Finished = tuple[Path, list[Job], dict[str, str], Diary]
+
+
+def test_everything_is_run_teachers_first(finished: Finished) -> None:
+    root, jobs, failures, diary = finished
+    assert failures == {}
+    assert len(jobs) == 5
+    assert all((root / job.folder / "done").is_file() for job in jobs)
+    for job in jobs:
+        for need in job.needs:
+            assert diary.events.index(("end", need)) < diary.events.index(("start", job.folder))
+    # Nobody trained a teacher that the plan did not know.
+    assert {f"teachers/{path.name}" for path in (root / "teachers").iterdir()} == {
+        job.folder for job in jobs if job.stage != "student"
+    }
+
+
+def test_two_run_at_a_time(finished: Finished) -> None:
+    assert finished[3].most_at_once == 2
+
+
+def test_observer_is_told_the_last_step(finished: Finished) -> None:
+    _, jobs, _, diary = finished
+    assert {folder: reports[-1] for folder, reports in diary.reports.items()} == {
+        job.folder: (job.args.steps, job.args.steps) for job in jobs
+    }
+
+
+def test_student_names_its_teacher_relative_to_itself(finished: Finished) -> None:
+    root, jobs, _, _ = finished
+    (daft,) = [job for job in jobs if job.args.algorithm == "DAFT"]
+    teacher = read_records(root / daft.folder)[0]["teacher"]
+    assert teacher["path"] == f"../{daft.needs[0]}"
+
+
+def test_numbers_do_not_depend_on_how_many_run_at_a_time(finished: Finished, tmp_path: Path) -> None:
+    root, jobs, _, _ = finished
+    failures, diary = run(tmp_path, plan(tmp_path), n_jobs=1)
+    assert failures == {}
+    assert diary.most_at_once == 1
+    for job in jobs:
+        assert read_records(tmp_path / job.folder) == read_records(root / job.folder)
+
+
+def test_what_is_done_is_not_done_again(finished: Finished) -> None:
+    root, jobs, _, _ = finished
+    failures, diary = run(root, jobs)
+    assert (failures, diary.events) == ({}, [])
+
+
+def test_failing_teacher_marks_its_students_and_the_rest_goes_on(tmp_path: Path) -> None:
+    jobs = plan(tmp_path, teacher_weights=str(tmp_path / "nowhere.pt"))
+    failures, diary = run(tmp_path, jobs)
+    by_name = {(job.stage, job.args.algorithm): job.folder for job in jobs}
+    erm_teacher, aft_teacher = by_name["erm_teacher", "ERM"], by_name["aft_teacher", "AFT"]
+    assert "nowhere.pt" in failures[erm_teacher]
+    assert failures == {
+        erm_teacher: failures[erm_teacher],
+        aft_teacher: f"its teacher {erm_teacher} failed",
+        by_name["student", "KD"]: f"its teacher {erm_teacher} failed",
+        by_name["student", "DAFT"]: f"its teacher {aft_teacher} failed",
+    }
+    for folder, reason in failures.items():
+        assert (tmp_path / folder / "failed").read_text() == f"{reason}\n"
+        assert diary.failures[folder] == reason
+    assert (tmp_path / by_name["student", "ERM"] / "done").is_file()
+    assert ("start", aft_teacher) not in diary.events
+
+
+def test_failure_is_forgotten_at_the_next_launch(finished: Finished, tmp_path: Path) -> None:
+    jobs = [job for job in plan(tmp_path) if job.args.algorithm == "ERM" and job.stage == "student"]
+    folder = tmp_path / jobs[0].folder
+    folder.mkdir()
+    (folder / "failed").write_text("the disk was full\n")
+    assert run(tmp_path, jobs)[0] == {}
+    assert not (folder / "failed").exists()
+    assert read_records(folder) == read_records(finished[0] / jobs[0].folder)
+
+
+# --- kill -9 ---------------------------------------------------------------------------------------------------------
+
+KD_SWEEP = SweepArgs(
+    datasets=["Debug28"],
+    algorithms=["KD"],
+    output_dir="",
+    n_trials=1,
+    n_hparams=1,
+    single_test_envs=True,
+    steps=200,
+    checkpoint_freq=10,
+    hparams=json.dumps(TINY),
+    device="cpu",
+)
+COMMAND = [
+    *(sys.executable, "-m", "daft_domainbed.scripts.run", "--dataset", "Debug28", "--algorithms", "KD"),
+    *("--steps", "200", "--checkpoint_freq", "10", "--n_jobs", "2", "--device", "cpu", "--hparams", json.dumps(TINY)),
+]
+
+
+def list_group(group: int) -> list[int]:
+    """Return the processes of a group that are not dead, as /proc tells them."""
+    members = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            pid, _, rest = path.read_text().partition(" (")
+        except OSError:
+            continue  # gone in the meantime
+        state, _, process_group = rest.rpartition(") ")[2].split()[:3]
+        if int(process_group) == group and state != "Z":
+            members.append(int(pid))
+    return members
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 120.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.005)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for orphans in /proc")
+def test_killed_launcher_leaves_no_orphan_and_its_sweep_goes_on(tmp_path: Path) -> None:
+    root, whole = tmp_path / "killed", tmp_path / "whole"
+    command = [*COMMAND, "--output_dir", str(root)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    launcher = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
+
+    def list_begun_students() -> list[Path]:
+        """Students whose teacher is done, and who have written some of their 21 records."""
+        paths = root.glob("*/results.jsonl")
+        return [path.parent for path in paths if 2 <= path.read_bytes().count(b"\n") <= 12]
+
+    wait_until(list_begun_students)
+    assert len(list_group(launcher.pid)) > 2  # launcher, server, job
+    launcher.kill()
+    launcher.wait()
+    wait_until(lambda: not list_group(launcher.pid), seconds=30)
+    begun = [folder for folder in list_begun_students() if not (folder / "done").exists()]
+    done = {path.parent: path.stat().st_mtime_ns for path in root.rglob("done")}
+    records = {folder: (folder / "results.jsonl").read_bytes() for folder in done}
+    assert begun and done
+    assert not list(root.rglob("failed"))
+
+    again = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    # What was done was left alone, what was begun was gone on with, and its numbers show nothing of it.
+    assert f"[{len(done) + 1}/6]" in again.stderr
+    assert {folder: (folder / "done").stat().st_mtime_ns for folder in done} == done
+    assert {folder: (folder / "results.jsonl").read_bytes() for folder in done} == records
+    jobs = {job.folder: job for job in make_plan(replace(KD_SWEEP, output_dir=str(whole)))}
+    for folder in begun:
+        assert "going on at step" in (folder / "err.txt").read_text()
+        student = jobs[folder.name]
+        assert run(whole, [*(jobs[need] for need in student.needs), student])[0] == {}
+        assert read_records(folder) == read_records(whole / folder.name)
+
+
+def test_killed_job_is_reported_and_goes_on_at_the_next_launch(tmp_path: Path) -> None:
+    (job,) = [job for job in plan(tmp_path) if job.args.algorithm == "ERM" and job.stage == "student"]
+    job = replace(job, args=replace(job.args, steps=400, checkpoint_freq=20))
+    folder = tmp_path / job.folder
+
+    class Killer(Diary):
+        def advance(self, job: Job, step: int, n_steps: int) -> None:
+            os.kill(int((folder / ".lock").read_text()), signal.SIGKILL)  # at its first report, after one step
+
+    failures = run_jobs(tmp_path, [job], n_jobs=1, threads=1, observer=Killer())
+    assert failures == {job.folder: "its process ended with status -9; the same command goes on where it was"}
+    assert not (folder / "failed").exists()
+    assert run(tmp_path, [job])[0] == {}
+    assert [record["step"] for record in read_records(folder)] == [*range(0, 400, 20), 399]

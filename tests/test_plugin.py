@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from daft_domainbed import plugin
+from daft_domainbed.errors import UsageError
+
+
+@pytest.fixture
+def host() -> Iterator[plugin.Host]:
+    """The embedded host, with everything of ours."""
+    host = plugin.find_host("embedded")
+    plugin.register(host)
+    return host
+
+
+@pytest.fixture
+def no_upstream(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A Python in which nobody has imported DomainBed, or can."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "domainbed"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "domainbed", None)
+    monkeypatch.delenv("DOMAINBED_ROOT", raising=False)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", sys.dont_write_bytecode)
+    plugin.find_host.cache_clear()
+    yield
+    plugin.find_host.cache_clear()
+
+
+def test_unknown_host_is_refused() -> None:
+    with pytest.raises(UsageError, match="no host 'upstraem': use embedded or upstream"):
+        plugin.find_host("upstraem")
+
+
+def test_missing_clone_is_answered_with_what_brings_it(no_upstream: None) -> None:
+    with pytest.raises(UsageError, match=r"^--host upstream: .*set DOMAINBED_ROOT to a clone .*pip install wilds"):
+        plugin.find_host("upstream")
+
+
+def test_wrong_root_is_named(no_upstream: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DOMAINBED_ROOT", str(tmp_path))
+    with pytest.raises(UsageError, match=f"DOMAINBED_ROOT is {tmp_path}, which is no clone of DomainBed"):
+        plugin.find_host("upstream")
+    assert str(tmp_path) not in sys.path
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("DATF", "Did you mean 'DAFT'"),
+        ("IRM", "--host upstream"),  # the nearest registered name would be no help: upstream has just this one
+    ],
+)
+def test_unknown_algorithm_is_answered_with_the_nearest(host: plugin.Host, name: str, hint: str) -> None:
+    with pytest.raises(UsageError, match=f"{name}.*{hint}"):
+        plugin.get_algorithm_class(host, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("EmojiStlyes", "Did you mean 'EmojiStyles'"),
+        ("SVIRO", "--host upstream"),
+        ("folder:nowhere", "no folder .*nowhere"),
+    ],
+)
+def test_unknown_data_set_is_answered_with_the_nearest(host: plugin.Host, name: str, hint: str) -> None:
+    with pytest.raises(UsageError, match=f"{name.removeprefix('folder:')}.*{hint}|{hint}"):
+        plugin.get_dataset_class(host, name)
+
+
+def test_folders_hyperparameters_follow_its_input_size(host: plugin.Host) -> None:
+    defaults = plugin.get_default_hparams(host, "KD", "folder:x", {"input_size": 48})
+    assert (defaults["lr"], defaults["backbone"], defaults["teacher_backbone"]) == (1e-3, "resnet8_w8", "resnet8_w32")
+    defaults = plugin.get_default_hparams(host, "KD", "folder:x", {})
+    assert (defaults["lr"], defaults["backbone"], defaults["teacher_backbone"]) == (5e-5, "default", "resnet50")
+    draw = plugin.get_random_hparams(host, "KD", "folder:x", {"input_size": 48}, seed=4)
+    assert 10**-4.5 <= draw["lr"] <= 10**-2.5
+
+
+def test_importing_the_package_registers_nothing() -> None:
+    import subprocess
+
+    code = (
+        "import daft_domainbed, daft_domainbed.engine, daft_domainbed.algorithms as ours;"
+        "from daft_domainbed.embedded import algorithms as host; print(host.ALGORITHMS)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "['ERM']"
