@@ -2,75 +2,43 @@
 
 from __future__ import annotations
 
-import errno
-import ctypes
-import fcntl
 import json
 import math
 import os
-import platform
-import re
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from daft_domainbed import __version__, checkpoints, hparams, plugin, provenance, randomness, resume, streams
+from daft_domainbed import checkpoints, hparams, plugin, provenance, randomness, resume, streams
+from daft_domainbed.arguments import Job, TrainArgs, make_request, make_teacher_args, prepare
 from daft_domainbed.errors import RunError, UsageError
 from daft_domainbed.loaders import make_eval_stream, make_stream
-from daft_domainbed.precision import Precision, check_precision
+from daft_domainbed.machine import describe_machine, keep_freed_memory
+from daft_domainbed.precision import Precision
 from daft_domainbed.provenance import Request, RunFacts
+from daft_domainbed.run_folder import (
+    DONE_FILE,
+    RECORDS_FILE,
+    RESUME_FILE,
+    Log,
+    explain_unwritable,
+    format_row,
+    keep_records,
+    own,
+    read_unfinished,
+)
+from daft_domainbed.splits import Data, build_data, check_sizes, split_environments
 from daft_domainbed.teacher import PROVENANCE, Teacher
 
-RESUME_FILE = "resume.pt"
-RECORDS_FILE = "results.jsonl"
-LOCK_FILE = ".lock"
 SECONDS_BETWEEN_SAVES = 60.0
-COLUMN_WIDTH = 12
-
-# Where a run lies, where its data and teachers lie (what they hold is verified) and on what it runs may change between
-# two starts.
-_MOVABLE = ("output_dir", "data_dir", "teachers_dir", "device")
-_LARGEST_SEED = 2**32 - 1  # NumPy's
-
-
-@dataclass(frozen=True)
-class TrainArgs:
-    """The arguments of one training run: DomainBed's flags, and ours.
-
-    Attributes:
-        data_seed: What the data set is built under where it is not `seed`: a teacher's data are its student's.
-        teachers_dir: The store of teachers; None is `teachers/` beside the output folder.
-    """
-
-    dataset: str = "RotatedMNIST"
-    algorithm: str = "ERM"
-    task: str = "domain_generalization"
-    hparams: str | None = None
-    hparams_seed: int = 0
-    trial_seed: int = 0
-    seed: int = 0
-    steps: int | None = None
-    checkpoint_freq: int | None = None
-    test_envs: list[int] = field(default_factory=lambda: [0])
-    output_dir: str = "train_output"
-    data_dir: str | None = None
-    holdout_fraction: float = 0.2
-    uda_holdout_fraction: float = 0.0
-    skip_model_save: bool = False
-    save_model_every_checkpoint: bool = False
-    host: str = "embedded"
-    device: str = "auto"
-    precision: str = "fp32"
-    teachers_dir: str | None = None
-    data_seed: int | None = None
 
 
 def train(
@@ -92,7 +60,7 @@ def train(
         RunError: The loss became non-finite.
         OSError: The disk is full; the same call goes on once there is room.
     """
-    job = _prepare(args)
+    job = prepare(args)
     folder = Path(args.output_dir)
     is_new = not os.path.exists(folder)  # False, too, where it may not be asked
     try:
@@ -100,15 +68,15 @@ def train(
     except (FileExistsError, NotADirectoryError) as error:
         raise UsageError(f"--output_dir {folder} is a file, not a folder: choose another") from error
     except OSError as error:
-        raise _explain_unwritable(folder, error) from error
+        raise explain_unwritable(folder, error) from error
     try:
-        with _locked(folder, wait=wait):
-            saved = _read_unfinished(job, folder)
-            if saved is None and (folder / "done").is_file():
+        with own(folder, wait=wait):
+            saved = read_unfinished(args, folder)
+            if saved is None and (folder / DONE_FILE).is_file():
                 return folder
             for leftover in folder.glob(".*.tmp"):  # what a killed owner left half written
                 leftover.unlink()
-            _Run(job, folder, _Log(folder, quiet=quiet), on_step).execute(saved)
+            _Run(job, folder, Log(folder, quiet=quiet), on_step).execute(saved)
     finally:
         if is_new:
             with suppress(OSError):  # it stays, unless nothing came of it
@@ -116,307 +84,10 @@ def train(
     return folder
 
 
-# --- arguments ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Job:
-    """Arguments that were checked, with what follows from them."""
-
-    args: TrainArgs
-    host: plugin.Host
-    dataset_class: Any
-    user_hparams: dict[str, Any]
-    hparams: dict[str, Any]
-    device: torch.device
-    n_steps: int
-    checkpoint_freq: int
-
-
-def _prepare(args: TrainArgs) -> _Job:
-    host = plugin.find_host(args.host)
-    plugin.register(host)
-    plugin.get_algorithm_class(host, args.algorithm)
-    dataset_class = plugin.get_dataset_class(host, args.dataset)
-    check_test_envs(args.test_envs, len(dataset_class.ENVIRONMENTS), args.dataset)
-    if not 0 < args.holdout_fraction < 1:
-        raise UsageError(f"--holdout_fraction is {args.holdout_fraction}: it must lie between 0 and 1")
-    if not 0 <= args.uda_holdout_fraction < 1:
-        raise UsageError(f"--uda_holdout_fraction is {args.uda_holdout_fraction}: it must be at least 0 and below 1")
-    device = _find_device(args.device)
-    check_precision(args.precision, device)
-    user = hparams.parse_json(args.hparams)
-    resolved = resolve_hparams(host, args, user)
-    n_steps = dataset_class.N_STEPS if args.steps is None else args.steps
-    checkpoint_freq = dataset_class.CHECKPOINT_FREQ if args.checkpoint_freq is None else args.checkpoint_freq
-    for name, value in (("--steps", n_steps), ("--checkpoint_freq", checkpoint_freq)):
-        if value < 1:
-            raise UsageError(f"{name} is {value}: it must be at least 1")
-    for name, seed in (("--seed", args.seed), ("--data_seed", args.data_seed)):
-        if seed is not None and not 0 <= seed <= _LARGEST_SEED:
-            raise UsageError(f"{name} is {seed}: it must lie between 0 and {_LARGEST_SEED}")
-    return _Job(args, host, dataset_class, user, resolved, device, n_steps, checkpoint_freq)
-
-
-def check_test_envs(test_envs: Sequence[int], n_envs: int, dataset: str) -> None:
-    """Refuse test environments that do not exist, repeat, or leave nothing to train on.
-
-    Raises:
-        UsageError: Names the value.
-    """
-    for env in test_envs:
-        if not 0 <= env < n_envs:
-            raise UsageError(f"--test_envs {env}: {dataset} has {n_envs} environments, numbered 0 to {n_envs - 1}")
-    if len(set(test_envs)) < len(test_envs):
-        raise UsageError(f"--test_envs {' '.join(map(str, test_envs))}: an environment is named twice")
-    if len(test_envs) >= n_envs:
-        raise UsageError(
-            f"--test_envs {' '.join(map(str, test_envs))}: all {n_envs} environments of {dataset} are held out; "
-            f"leave at least one to train on"
-        )
-
-
-def resolve_hparams(host: plugin.Host, args: TrainArgs, user: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the hyperparameters of a run: defaults or a random draw, then the user's own.
-
-    Raises:
-        UsageError: A name that neither the algorithm nor its teachers know, or a value that cannot be.
-    """
-    algorithms = list_stages(args.algorithm)
-    defaults = {name: plugin.get_default_hparams(host, name, args.dataset, user) for name in algorithms}
-    hparams.check_names(user, {key for known in defaults.values() for key in known}, algorithms)
-    for known in defaults.values():
-        hparams.check_values(user, known)
-    resolved = defaults[args.algorithm]
-    if args.hparams_seed:
-        seed = host.misc.seed_hash(args.hparams_seed, args.trial_seed)
-        resolved = plugin.get_random_hparams(host, args.algorithm, args.dataset, user, seed)
-    return resolved | {name: value for name, value in user.items() if name in resolved}
-
-
-def list_stages(algorithm: str) -> list[str]:
-    """Return an algorithm and those that make its teachers.
-
-    Example:
-        >>> list_stages("DAFT")
-        ['DAFT', 'AFT', 'ERM']
-    """
-    stages = [algorithm]
-    while stages[-1] in hparams.TEACHER_KINDS:
-        stages.append(hparams.TEACHER_KINDS[stages[-1]])
-    return stages
-
-
-def _find_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise UsageError(f"--device {name!r} is no device: use auto, cpu, cuda or cuda:N")
-    device = torch.device(name)
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise UsageError(f"--device {name}: {torch.cuda.device_count()} CUDA devices are visible here; use cpu or auto")
-    return device
-
-
-# --- the folder --------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _locked(folder: Path, *, wait: bool) -> Iterator[None]:
-    """Own a run's folder; the operating system lets go of a dead owner's lock by itself."""
-    path = folder / LOCK_FILE
-    told = False
-    while True:
-        try:
-            file = path.open("a+")
-        except OSError as error:
-            raise _explain_unwritable(folder, error) from error
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            owner = file.read().strip() or "unknown"
-            file.close()
-            if not wait:
-                raise UsageError(
-                    f"process {owner} is at work in {folder}: wait for it, or choose another --output_dir"
-                ) from None
-            if not told:
-                print(f"waiting for process {owner}, which is at work in {folder}", file=sys.stderr, flush=True)
-                told = True
-            time.sleep(0.2)
-            continue
-        # The last owner may have removed the file between our opening and our locking it.
-        if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
-            break
-        file.close()
-    try:
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
-    finally:
-        with suppress(OSError):
-            path.unlink()
-        file.close()
-
-
-def _explain_unwritable(folder: Path, error: OSError) -> Exception:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):  # no fault of the folder's
-        return error
-    return UsageError(f"--output_dir {folder} cannot be written ({error.strerror}): choose another")
-
-
-def _read_unfinished(job: _Job, folder: Path) -> dict[str, Any] | None:
-    """Return the state of the unfinished run in a folder, or None where there is none.
-
-    Raises:
-        UsageError: The folder holds a run with other arguments, or one that cannot be gone on with.
-    """
-    records, saved = folder / RECORDS_FILE, folder / RESUME_FILE
-    if (folder / "done").is_file():
-        saved.unlink(missing_ok=True)
-        first = _read_first_line(records)
-        if first is not None:
-            _check_same(first["args"], job, folder, "a finished run")
-        return None
-    if saved.is_file():
-        state = checkpoints.load(saved)
-        _check_same(state["args"], job, folder, "an unfinished run")
-        return state
-    if records.is_file():
-        raise UsageError(
-            f"{folder} holds records of a run that cannot be gone on with (it has no {RESUME_FILE}): choose another "
-            f"--output_dir, or delete it"
-        )
-    return None
-
-
-def _read_first_line(path: Path) -> dict[str, Any] | None:
-    try:
-        with path.open() as file:
-            record = json.loads(file.readline())
-    except (OSError, ValueError):
-        return None
-    return record if isinstance(record, dict) and "args" in record else None
-
-
-def _check_same(theirs: Mapping[str, Any], job: _Job, folder: Path, what: str) -> None:
-    ours = asdict(job.args)
-    names = [name for name in ours if name not in _MOVABLE]
-    different = [
-        f"{name} is {theirs.get(name)} there and {ours[name]} here"
-        for name in names
-        if _normalise(name, theirs.get(name)) != _normalise(name, ours[name])
-    ]
-    if different:
-        raise UsageError(
-            f"{folder} holds {what} with other arguments ({'; '.join(different)}): choose another --output_dir, or "
-            f"delete it"
-        )
-
-
-def _normalise(name: str, value: Any) -> Any:
-    if name == "dataset" and isinstance(value, str):
-        return provenance.name_dataset(value)
-    return hparams.parse_json(value) if name == "hparams" else value
-
-
-class _Log:
-    """Rows of numbers to standard output and out.txt, everything else to standard error and err.txt."""
-
-    def __init__(self, folder: Path, *, quiet: bool) -> None:
-        self.folder, self.quiet = folder, quiet
-
-    def write(self, text: str) -> None:
-        """Write a result."""
-        if not self.quiet:
-            print(text, flush=True)
-        self._append("out.txt", text)
-
-    def warn(self, text: str) -> None:
-        """Write what is no result."""
-        print(text, file=sys.stderr, flush=True)
-        self._append("err.txt", text)
-
-    def _append(self, name: str, text: str) -> None:
-        with (self.folder / name).open("a") as file:
-            file.write(text + "\n")
-
-
-# --- the data ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Data:
-    dataset: Any
-    in_splits: list[Any]
-    out_splits: list[Any]
-    uda_splits: dict[int, Any]  # by environment; only those that are not empty
-
-    def list_splits(self) -> list[tuple[Any, Any]]:
-        """Return the in- and the out-split of every environment."""
-        return list(zip(self.in_splits, self.out_splits, strict=True))
-
-
-def _build_data(host: plugin.Host, request: Request, hparams_: Mapping[str, Any], dataset_class: Any) -> _Data:
-    """Build a data set and split every environment."""
-    return _split(host, request, dataset_class(request.data_dir, list(request.test_envs), hparams_))
-
-
-def _split(host: plugin.Host, request: Request, dataset: Any) -> _Data:
-    """Split every environment of a data set as DomainBed does; draws nothing from the global generators."""
-    in_splits, out_splits, uda_splits = [], [], {}
-    for i, env in enumerate(dataset):
-        seed = host.misc.seed_hash(request.trial_seed, i)
-        out, in_ = host.misc.split_dataset(env, int(len(env) * request.holdout_fraction), seed)
-        if i in request.test_envs:
-            uda, in_ = host.misc.split_dataset(in_, int(len(in_) * request.uda_holdout_fraction), seed)
-            if len(uda):
-                uda_splits[i] = _flatten(uda)
-            in_ = _flatten(in_)
-        in_splits.append(in_)
-        out_splits.append(out)
-    return _Data(dataset, in_splits, out_splits, uda_splits)
-
-
-def _flatten(split: Any) -> Any:
-    """Turn a split of a split into one split, whose data lie where fetching and fingerprints look for them."""
-    inner = split.underlying_dataset
-    split.keys = [inner.keys[key] for key in split.keys]
-    split.underlying_dataset = inner.underlying_dataset
-    return split
-
-
-def _check_sizes(data: _Data, args: TrainArgs, hparams_: Mapping[str, Any], environments: Sequence[str]) -> None:
-    held_out = set(args.test_envs)
-    for i, (in_, out) in enumerate(zip(data.in_splits, data.out_splits, strict=True)):
-        if not len(in_) or not len(out):
-            raise UsageError(
-                f"env {environments[i]!r} has {len(in_) + len(out)} images, of which --holdout_fraction "
-                f"{args.holdout_fraction} leaves {len(in_)} in and {len(out)} out: change the fraction or add images"
-            )
-    if hparams_["class_balanced"]:
-        return  # that loader draws each batch afresh, whatever the size of the split
-    batch_size = hparams_["batch_size"]
-    trained = [(environments[i], split) for i, split in enumerate(data.in_splits) if i not in held_out]
-    unlabelled = [("the unlabelled part of the held-out domains", split) for split in data.uda_splits.values()]
-    largest = min(len(split) for _, split in trained + unlabelled)
-    for name, split in trained + unlabelled:
-        if len(split) < batch_size:
-            raise UsageError(
-                f"env {name!r} has {len(split)} training images but batch_size is {batch_size}, and DomainBed's loader "
-                f"would wait for ever: lower it with --hparams '{{\"batch_size\": {largest}}}'"
-            )
-
-
-# --- the run -----------------------------------------------------------------------------------------------------
-
-
 class _Run:
     """One run in its folder, from the first step or from where it was."""
 
-    def __init__(self, job: _Job, folder: Path, log: _Log, on_step: Callable[[int, int], None] | None = None) -> None:
+    def __init__(self, job: Job, folder: Path, log: Log, on_step: Callable[[int, int], None] | None = None) -> None:
         self.job, self.folder, self.log, self.on_step = job, folder, log, on_step
         self.args, self.host, self.device = job.args, job.host, job.device
         self.hparams = dict(job.hparams)  # the algorithm replaces each "auto" by its value
@@ -424,14 +95,14 @@ class _Run:
     def execute(self, saved: dict[str, Any] | None) -> None:
         args = self.args
         randomness.seed_everything(args.seed if args.data_seed is None else args.data_seed)
-        _keep_freed_memory()
+        keep_freed_memory()
         torch.backends.cudnn.deterministic = True
         torch.backends.cudnn.benchmark = False
         self.request = make_request(args, self.job.n_steps)
-        self.data = _build_data(self.host, self.request, self.hparams, self.job.dataset_class)
+        self.data = build_data(self.host, self.request, self.hparams, self.job.dataset_class)
         if args.data_seed is not None:
             randomness.seed_everything(args.seed)
-        _check_sizes(self.data, args, self.hparams, self.job.dataset_class.ENVIRONMENTS)
+        check_sizes(self.data, self.request, self.hparams, self.job.dataset_class.ENVIRONMENTS)
         if args.task == "domain_adaptation" and not self.data.uda_splits:
             raise UsageError("--task domain_adaptation needs unlabelled images: give --uda_holdout_fraction above 0")
         self._make_streams()
@@ -505,7 +176,7 @@ class _Run:
                 f"another teacher ({teacher['path']}) answers now than when {self.folder} was begun: bring that one "
                 f"back, or choose another --output_dir"
             )
-        self._keep_records(saved)
+        keep_records(self.folder, saved)
         resume.restore(self.algorithm, saved["algorithm"])
         self.precision.load_state_dict(saved["precision"])
         for stream, state in zip(self._list_streams(), saved["streams"], strict=True):
@@ -517,20 +188,6 @@ class _Run:
         self.saved_at = time.monotonic()
         if self.step:
             self.log.warn(f"{self.folder}: going on at step {self.step} of {self.job.n_steps}")
-
-    def _keep_records(self, saved: Mapping[str, Any]) -> None:
-        """Drop half-written records and those beyond the resume point; append the one that was about to be written."""
-        path = self.folder / RECORDS_FILE
-        lines = path.read_bytes().split(b"\n") if path.is_file() else []
-        kept = lines[: saved["n_records"]]
-        if saved["pending"] is not None:  # the last of them, which a kill may have kept from the file
-            kept[saved["n_records"] - 1 :] = [saved["pending"].encode()]
-        if len(kept) != saved["n_records"] or not all(map(_is_whole, kept)):
-            raise UsageError(
-                f"{path} has lost records that the run in {self.folder} had written: choose another --output_dir"
-            )
-        with checkpoints.writing_atomically(path) as file:
-            file.write(b"".join(line + b"\n" for line in kept))
 
     def _list_streams(self) -> list[streams.Stream]:
         return [*self.train_streams, *self.uda_streams, *self.eval_streams.values()]
@@ -617,9 +274,9 @@ class _Run:
     def _print_row(self, record: Mapping[str, Any]) -> None:
         keys = sorted(record)
         if keys != self.printed_keys:
-            self.log.write(_format_row(keys))
+            self.log.write(format_row(keys))
             self.printed_keys = keys
-        self.log.write(_format_row([record[key] for key in keys]))
+        self.log.write(format_row([record[key] for key in keys]))
 
     def _save_if_best(self, record: Mapping[str, Any]) -> None:
         """Keep the checkpoint that training-domain validation chooses; held-out domains have no say."""
@@ -670,7 +327,7 @@ class _Run:
 
     def _finish(self) -> None:
         self._save_model("model.pkl")
-        checkpoints.write_text(self.folder / "done", "done")
+        checkpoints.write_text(self.folder / DONE_FILE, "done")
         (self.folder / RESUME_FILE).unlink(missing_ok=True)
 
 
@@ -678,7 +335,7 @@ def _gather_facts(
     args: TrainArgs,
     host: plugin.Host,
     request: Request,
-    data: _Data,
+    data: Data,
     hparams_: Mapping[str, Any],
     folder: Path,
     warn: Callable[[str], None],
@@ -696,7 +353,7 @@ def _gather_facts(
         other = replace(request, **values, test_envs=tuple(theirs["test_envs"]), data_seed=None)
         with randomness.preserve_states():
             randomness.seed_everything(other.seed)
-            its = _build_data(host, other, hparams_, plugin.get_dataset_class(host, other.dataset))
+            its = build_data(host, other, hparams_, plugin.get_dataset_class(host, other.dataset))
         return provenance.describe(other, its.dataset.num_classes, its.dataset.input_shape, its.list_splits())
 
     return RunFacts(
@@ -728,8 +385,8 @@ def follow_upstream_run(args: TrainArgs) -> Callable[[Any, Mapping[str, Any]], N
 
     def built(dataset: Any, hparams_: Mapping[str, Any]) -> None:
         request = make_request(args, args.steps or dataset.N_STEPS)
-        data = _split(host, request, dataset)
-        _check_sizes(data, args, hparams_, type(dataset).ENVIRONMENTS)
+        data = split_environments(host, request, dataset)
+        check_sizes(data, request, hparams_, type(dataset).ENVIRONMENTS)
         folder = Path(args.output_dir)
 
         def write_beside(**found: Any) -> None:
@@ -744,91 +401,3 @@ def follow_upstream_run(args: TrainArgs) -> Callable[[Any, Mapping[str, Any]], N
         provenance.set_run_facts(facts)
 
     return built
-
-
-def make_request(args: TrainArgs, n_steps: int) -> Request:
-    """Return a run's arguments as its provenance and its teachers need them."""
-    return Request(
-        dataset=args.dataset,
-        algorithm=args.algorithm,
-        test_envs=tuple(args.test_envs),
-        trial_seed=args.trial_seed,
-        seed=args.seed,
-        holdout_fraction=args.holdout_fraction,
-        task=args.task,
-        uda_holdout_fraction=args.uda_holdout_fraction,
-        steps=n_steps,
-        data_dir=args.data_dir,
-        data_seed=args.data_seed,
-    )
-
-
-def make_teacher_args(args: TrainArgs, request: Request, user: Mapping[str, Any], folder: Path) -> TrainArgs:
-    """Return the arguments of the job that trains a teacher for a run."""
-    return TrainArgs(
-        dataset=request.dataset,
-        algorithm=request.algorithm,
-        task=request.task,
-        hparams=json.dumps(dict(user), sort_keys=True),
-        trial_seed=request.trial_seed,
-        seed=request.seed,
-        steps=request.steps,
-        test_envs=list(request.test_envs),
-        output_dir=str(folder),
-        data_dir=request.data_dir,
-        holdout_fraction=request.holdout_fraction,
-        uda_holdout_fraction=request.uda_holdout_fraction,
-        host=args.host,
-        device=args.device,
-        precision=args.precision,
-        teachers_dir=str(folder.parent),
-        data_seed=request.data_seed,
-    )
-
-
-def _keep_freed_memory() -> None:
-    """Tell the C library not to hand every step's activations back to the system, only to fault them in again."""
-    trim_threshold, mmap_threshold = -1, -3  # M_* of glibc's malloc.h; other libraries have no mallopt
-    with suppress(OSError, AttributeError):
-        library = ctypes.CDLL(None)
-        library.mallopt(trim_threshold, 2**31 - 1)
-        library.mallopt(mmap_threshold, 2**30)
-
-
-def describe_machine(device: torch.device, precision: str) -> dict[str, Any]:
-    """Return versions and hardware, for the first record of a run."""
-    import torchvision
-
-    return {
-        "daft_domainbed": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "numpy": np.__version__,
-        "platform": platform.platform(),
-        "cpu": _name_processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "precision": precision,
-    }
-
-
-def _name_processor() -> str:
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _is_whole(line: bytes) -> bool:
-    try:
-        return isinstance(json.loads(line), dict)
-    except ValueError:
-        return False
-
-
-def _format_row(row: Sequence[Any]) -> str:
-    cells = [f"{value:.10f}" if isinstance(value, float) else str(value) for value in row]
-    return "  ".join(cell.ljust(COLUMN_WIDTH)[:COLUMN_WIDTH] for cell in cells)

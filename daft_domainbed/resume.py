@@ -37,7 +37,7 @@ def restore(algorithm: nn.Module, state: dict[str, Any]) -> None:
     algorithm.load_state_dict(model)
     for key, (kind, content) in state["attributes"].items():
         prefix, _, name = key.rpartition("/")
-        attributes: dict[str, Any] = vars(modules[prefix]) if prefix in modules else {}
+        attributes: dict[str, Any] = modules[prefix].__dict__ if prefix in modules else {}
         if kind == "value":
             attributes[name] = content
         elif kind == "state_dict" and name in attributes:

@@ -33,7 +33,7 @@ class Tiny:
 
     def make_flags(self, folder: str = "run", hparams: dict[str, Any] | None = None, **flags: Any) -> dict[str, Any]:
         """Return the flags of a run by name; a flag of None is left out, `hparams` are added to the tiny ones."""
-        tiny = HPARAMS if flags.get("algorithm", "ERM") == "ERM" else HPARAMS | TEACHER_HPARAMS
+        tiny = HPARAMS | TEACHER_HPARAMS if flags.get("algorithm") in ("AFT", "KD", "DAFT") else HPARAMS
         given = {**FLAGS, "output_dir": str(self.root / folder), "hparams": json.dumps(tiny | (hparams or {}))}
         return {name: value for name, value in {**given, **flags}.items() if value is not None}
 
@@ -47,7 +47,8 @@ class Tiny:
 
     def train(self, *args: Any, on_step: Callable[[int, int], None] | None = None, **flags: Any) -> Path:
         """Run or go on with a run in this process."""
-        from daft_domainbed.engine import TrainArgs, train
+        from daft_domainbed.arguments import TrainArgs
+        from daft_domainbed.engine import train
 
         return train(TrainArgs(**self.make_flags(*args, **flags)), quiet=True, on_step=on_step)
 
@@ -81,7 +82,7 @@ def read_outcome(root: Path) -> dict[str, str]:
         if path.name == "results.jsonl":
             for i, record in enumerate(map(strip_times, read_records(path.parent))):
                 text = json.dumps(record, sort_keys=True)
-                outcome[f"{name}:{i}"] = f"step {record['step']}, loss {record['loss']!r}, {hash_text(text)}"
+                outcome[f"{name}:{i}"] = f"step {record['step']}, loss {record.get('loss')!r}, {hash_text(text)}"
         elif path.suffix == ".pkl":
             content = checkpoints.load_checkpoint(path)
             hparams = json.dumps(content["model_hparams"], sort_keys=True)

@@ -19,7 +19,8 @@ import pytest
 import torch
 
 from daft_domainbed import __version__, checkpoints, engine, plugin
-from daft_domainbed.engine import TrainArgs, check_test_envs, list_stages, train
+from daft_domainbed.arguments import TrainArgs, check_test_envs, list_stages
+from daft_domainbed.engine import train
 from daft_domainbed.errors import RunError, UsageError
 
 RunTrain = Callable[[list[str]], tuple[int, list[str]]]
@@ -297,7 +298,8 @@ class TestOwnership:
 import sys, time
 from pathlib import Path
 sys.stdout = sys.stderr = open({str(tiny.root / "log")!r}, "w")
-from daft_domainbed.engine import TrainArgs, train
+from daft_domainbed.arguments import TrainArgs
+from daft_domainbed.engine import train
 def on_step(step, n_steps):
     if step == 2:
         Path({str(tiny.root / "waiting")!r}).touch()

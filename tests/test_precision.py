@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from daft_domainbed import plugin
-from daft_domainbed.engine import TrainArgs, train
+from daft_domainbed.arguments import TrainArgs
+from daft_domainbed.engine import train
 from daft_domainbed.errors import UsageError
 from daft_domainbed.precision import Precision, _LossScaler, check_precision, find_optimizers
 

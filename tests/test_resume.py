@@ -371,7 +371,7 @@ sys.exit(status)
     ) -> None:
         """The same without a clock: killed when it has executed so many lines of this package's own."""
         prologue = """
-modules = {{"engine.py", "checkpoints.py", "teacher.py", "provenance.py", "resume.py"}}
+modules = {{"engine.py", "run_folder.py", "checkpoints.py", "teacher.py", "provenance.py", "resume.py"}}
 left = {n_lines}
 def trace(frame, event, arg):
     global left
@@ -387,7 +387,7 @@ sys.settrace(trace)
         tiny.train("undisturbed/run", **self.RUNS[name])
         n_kills = 0
         while True:
-            n_lines = draw.randrange(200, 2500) if n_kills < 8 else 0
+            n_lines = draw.randrange(200, 2500) if n_kills < 8 else -1
             code = self.make_code(tiny, "killed/run", name, prologue.format(n_lines=n_lines))
             if self.wait(start_script(code), tiny):
                 break

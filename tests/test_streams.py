@@ -41,7 +41,9 @@ class Jittered(Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         if index >= self.size:
             raise IndexError
-        return torch.tensor([index, random.random(), np.random.rand(), torch.rand(()).item()], dtype=torch.float64), index
+        return torch.tensor(
+            [index, random.random(), np.random.rand(), torch.rand(()).item()], dtype=torch.float64
+        ), index
 
 
 class Endless(Sampler[list[int]]):

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from daft_domainbed import checkpoints, plugin, provenance, teacher
-from daft_domainbed.engine import TrainArgs, make_teacher_args
+from daft_domainbed.arguments import TrainArgs, make_teacher_args
 from daft_domainbed.errors import UsageError
 from daft_domainbed.provenance import Request
 from daft_domainbed.teacher import TeacherJob, load_teacher, plan_teacher

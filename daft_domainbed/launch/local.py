@@ -15,7 +15,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Protocol
 
-from daft_domainbed.engine import TrainArgs, train
+from daft_domainbed.arguments import TrainArgs
+from daft_domainbed.engine import train
 from daft_domainbed.errors import RunError, UsageError
 from daft_domainbed.launch.plan import Job
 

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from daft_domainbed import hparams, plugin
-from daft_domainbed.checkpoints import write_text
-from daft_domainbed.engine import (
+from daft_domainbed.arguments import (
     TrainArgs,
     check_test_envs,
     list_stages,
@@ -19,6 +18,7 @@ from daft_domainbed.engine import (
     make_teacher_args,
     resolve_hparams,
 )
+from daft_domainbed.checkpoints import write_text
 from daft_domainbed.errors import UsageError
 from daft_domainbed.teacher import plan_teacher
 

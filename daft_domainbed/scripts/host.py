@@ -94,7 +94,8 @@ def _check_hparams(host: Any, known: argparse.Namespace, user: dict[str, Any]) -
 def _watch_training(host: Any, arguments: Sequence[str]) -> None:
     """Let the algorithm of upstream's own loop know its run, without which no teacher can be checked."""
     from daft_domainbed import plugin
-    from daft_domainbed.engine import TrainArgs, follow_upstream_run
+    from daft_domainbed.arguments import TrainArgs
+    from daft_domainbed.engine import follow_upstream_run
     from daft_domainbed.scripts.train import build_parser as build_train_parser
 
     args = build_train_parser().parse_args(arguments)

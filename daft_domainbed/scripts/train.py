@@ -61,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train as the flags say."""
     args = build_parser().parse_args(argv)
 
-    from daft_domainbed.engine import TrainArgs, train
+    from daft_domainbed.arguments import TrainArgs
+    from daft_domainbed.engine import train
 
     train(TrainArgs(**vars(args)))
     return 0

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from daft_domainbed import plugin
-from daft_domainbed.engine import TrainArgs, train
+from daft_domainbed.arguments import TrainArgs
+from daft_domainbed.engine import train
 from daft_domainbed.errors import UsageError
 
 both_students = pytest.mark.parametrize("algorithm", ["KD", "DAFT"])

@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +19,22 @@ import torch
 import torchvision
 
 from daft_domainbed import checkpoints
-from daft_domainbed.engine import TrainArgs, train
+from daft_domainbed.arguments import TrainArgs
+from daft_domainbed.engine import train
 
 pytestmark = pytest.mark.usefixtures("upstream")  # which takes back what our engine registers
 
 # What a clock says, and what only one of the two loops writes.
-APART = {"step_time", "args", "hparams", "environments", "machine", "seconds"}
+APART = {"step_time", "args", "hparams", "environments", "machine", "seconds", "teacher"}
 
-# DomainBed's script where it would download weights (both sides start from the same random ones), and with our data.
+# DomainBed's script with what is ours, and without downloads: both sides start from the same random weights.
 RUNNER = """
-import runpy, timm, torchvision
+import sys, timm, torchvision
 for name in ("resnet18", "resnet50"):
     setattr(torchvision.models, name, lambda build=getattr(torchvision.models, name), **_: build())
 timm.create_model = lambda name, create=timm.create_model, **_: create(name)
-from daft_domainbed import plugin
-plugin.register(plugin.find_host("upstream"))
-runpy.run_module("domainbed.scripts.train", run_name="__main__", alter_sys=True)
+from daft_domainbed.scripts.host import main
+main(["domainbed.scripts.train", *sys.argv[1:]])
 """
 
 
@@ -49,6 +49,7 @@ class Case:
     needs_runner: bool = False  # DomainBed's module alone could not run it here
 
 
+COMMON = {"steps": 20, "checkpoint_freq": 8, "seed": 5, "trial_seed": 1}
 SMALL = {"batch_size": 8}
 RESNET18 = {"resnet18": True, "resnet50_augmix": False, "batch_size": 2}
 ADAPTATION = {"task": "domain_adaptation", "uda_holdout_fraction": 0.4}
@@ -75,7 +76,34 @@ CASES = [
         needs_runner=True,
     ),
     Case("emoji", {"dataset": "EmojiStyles", "test_envs": [3]}, {"backbone": "resnet8_w2"}, needs_runner=True),
+    # Each "teacher" is the checkpoint of that algorithm's `teachers` below.
+    Case(
+        "kd",
+        {"dataset": "EmojiStyles", "test_envs": [3], "algorithm": "KD"},
+        {"backbone": "resnet8_w2", "teacher": "ERM"},
+        needs_runner=True,
+    ),
+    Case(
+        "daft",
+        {"dataset": "EmojiStyles", "test_envs": [3], "algorithm": "DAFT"},
+        {"backbone": "resnet8_w2", "teacher": "AFT"},
+        needs_runner=True,
+    ),
 ]
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Checkpoints of both kinds on EmojiStyles, the last domain held out, as COMMON has it."""
+    root = tmp_path_factory.mktemp("teachers")
+    paths: dict[str, str] = {}
+    for name, hparams in (("ERM", {"backbone": "resnet8_w4"}), ("AFT", {})):
+        if name == "AFT":
+            hparams["teacher"] = paths["ERM"]
+        flags = COMMON | {"dataset": "EmojiStyles", "test_envs": [3], "algorithm": name, "steps": 2}
+        args = TrainArgs(**flags, hparams=json.dumps(hparams), device="cpu", output_dir=str(root / name))
+        paths[name] = str(train(args, quiet=True) / "model.pkl")
+    return paths
 
 
 def test_debug_run_is_equal(clone: str, data_dir: str, tmp_path: Path) -> None:
@@ -84,14 +112,23 @@ def test_debug_run_is_equal(clone: str, data_dir: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_run_is_equal(case: Case, clone: str, data_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_is_equal(
+    case: Case,
+    clone: str,
+    data_dir: str,
+    teachers: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if "teacher" in case.hparams:
+        case = replace(case, hparams=case.hparams | {"teacher": teachers[case.hparams["teacher"]]})
     build = torchvision.models.resnet18
     monkeypatch.setattr(torchvision.models, "resnet18", lambda **_: build())
     check(case, clone, data_dir, tmp_path)
 
 
 def check(case: Case, clone: str, data_dir: str, folder: Path) -> None:
-    args = {"steps": 20, "checkpoint_freq": 8, "seed": 5, "trial_seed": 1, "data_dir": data_dir, **case.args}
+    args = COMMON | {"data_dir": data_dir} | case.args
     args["hparams"] = json.dumps(case.hparams)
     with start_upstream(args, folder / "theirs", clone, needs_runner=case.needs_runner) as process:
         for host in case.hosts:

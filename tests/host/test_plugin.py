@@ -164,7 +164,9 @@ def test_unknown_names_are_answered_with_upstreams_nearest(upstream: plugin.Host
     plugin.register(upstream)
     with pytest.raises(UsageError, match="no algorithm 'GroupRDO' in host upstream. Did you mean 'GroupDRO'"):
         plugin.get_algorithm_class(upstream, "GroupRDO")
-    with pytest.raises(UsageError, match="no data set 'TerraIncognito' in host upstream. Did you mean 'TerraIncognita'"):
+    with pytest.raises(
+        UsageError, match="no data set 'TerraIncognito' in host upstream. Did you mean 'TerraIncognita'"
+    ):
         plugin.get_dataset_class(upstream, "TerraIncognito")
     # A helper of the module is no algorithm, though the host's own look-up would hand it out.
     with pytest.raises(UsageError, match="no algorithm 'MovingAverage'"):
@@ -181,7 +183,10 @@ def test_featurizer_is_the_hosts_unless_a_backbone_is_named(host: plugin.Host) -
 
 
 def test_frozen_backbone_stays_frozen(host: plugin.Host) -> None:
-    chosen = plugin.get_default_hparams(host, "ERM", "Debug28", {}) | {"backbone": "resnet8_w2", "backbone_frozen": True}
+    chosen = plugin.get_default_hparams(host, "ERM", "Debug28", {}) | {
+        "backbone": "resnet8_w2",
+        "backbone_frozen": True,
+    }
     algorithm = host.algorithms.ERM((3, 28, 28), 2, 2, chosen)
     algorithm.train()
     before = {name: value.clone() for name, value in algorithm.featurizer.state_dict().items()}

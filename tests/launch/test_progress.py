@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 from rich.console import Console
 
-from daft_domainbed.engine import TrainArgs
+from daft_domainbed.arguments import TrainArgs
 from daft_domainbed.launch.plan import Job, Stage
 from daft_domainbed.launch.progress import SweepProgress
 

@@ -1,0 +1,179 @@
+"""The folder of one run: who owns it, what an interrupted run left in it, and what is written for people."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from daft_domainbed import checkpoints, hparams, provenance
+from daft_domainbed.arguments import TrainArgs
+from daft_domainbed.errors import UsageError
+
+RESUME_FILE = "resume.pt"
+RECORDS_FILE = "results.jsonl"
+DONE_FILE = "done"
+LOCK_FILE = ".lock"
+_COLUMN_WIDTH = 12
+
+# Where a run lies, where its data and teachers lie (what they hold is verified) and on what it runs may change between
+# two starts.
+_MOVABLE = ("output_dir", "data_dir", "teachers_dir", "device")
+
+
+@contextmanager
+def own(folder: Path, *, wait: bool) -> Iterator[None]:
+    """Own a run's folder; the operating system lets go of a dead owner's lock by itself."""
+    path = folder / LOCK_FILE
+    told = False
+    while True:
+        try:
+            file = path.open("a+")
+        except OSError as error:
+            raise explain_unwritable(folder, error) from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "unknown"
+            file.close()
+            if not wait:
+                raise UsageError(
+                    f"process {owner} is at work in {folder}: wait for it, or choose another --output_dir"
+                ) from None
+            if not told:
+                print(f"waiting for process {owner}, which is at work in {folder}", file=sys.stderr, flush=True)
+                told = True
+            time.sleep(0.2)
+            continue
+        # The last owner may have removed the file between our opening and our locking it.
+        if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+            break
+        file.close()
+    try:
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink()
+        file.close()
+
+
+def explain_unwritable(folder: Path, error: OSError) -> Exception:
+    """Return what to raise where a folder cannot be written: the disk's own error where that is full."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):  # no fault of the folder's
+        return error
+    return UsageError(f"--output_dir {folder} cannot be written ({error.strerror}): choose another")
+
+
+def read_unfinished(args: TrainArgs, folder: Path) -> dict[str, Any] | None:
+    """Return the state of the unfinished run in a folder, or None where there is none.
+
+    Raises:
+        UsageError: The folder holds a run with other arguments, or one that cannot be gone on with.
+    """
+    records, saved = folder / RECORDS_FILE, folder / RESUME_FILE
+    if (folder / "done").is_file():
+        saved.unlink(missing_ok=True)
+        first = _read_first_line(records)
+        if first is not None:
+            _check_same(first["args"], args, folder, "a finished run")
+        return None
+    if saved.is_file():
+        state = checkpoints.load(saved)
+        _check_same(state["args"], args, folder, "an unfinished run")
+        return state
+    if records.is_file():
+        raise UsageError(
+            f"{folder} holds records of a run that cannot be gone on with (it has no {RESUME_FILE}): choose another "
+            f"--output_dir, or delete it"
+        )
+    return None
+
+
+def _read_first_line(path: Path) -> dict[str, Any] | None:
+    try:
+        with path.open() as file:
+            record = json.loads(file.readline())
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) and "args" in record else None
+
+
+def _check_same(theirs: Mapping[str, Any], args: TrainArgs, folder: Path, what: str) -> None:
+    ours = asdict(args)
+    names = [name for name in ours if name not in _MOVABLE]
+    different = [
+        f"{name} is {theirs.get(name)} there and {ours[name]} here"
+        for name in names
+        if _normalise(name, theirs.get(name)) != _normalise(name, ours[name])
+    ]
+    if different:
+        raise UsageError(
+            f"{folder} holds {what} with other arguments ({'; '.join(different)}): choose another --output_dir, or "
+            f"delete it"
+        )
+
+
+def _normalise(name: str, value: Any) -> Any:
+    if name == "dataset" and isinstance(value, str):
+        return provenance.name_dataset(value)
+    return hparams.parse_json(value) if name == "hparams" else value
+
+
+def keep_records(folder: Path, saved: Mapping[str, Any]) -> None:
+    """Drop half-written records and those beyond the resume point; append the one that was about to be written."""
+    path = folder / RECORDS_FILE
+    lines = path.read_bytes().split(b"\n") if path.is_file() else []
+    kept = lines[: saved["n_records"]]
+    if saved["pending"] is not None:  # the last of them, which a kill may have kept from the file
+        kept[saved["n_records"] - 1 :] = [saved["pending"].encode()]
+    if len(kept) != saved["n_records"] or not all(map(_is_whole, kept)):
+        raise UsageError(f"{path} has lost records that the run in {folder} had written: choose another --output_dir")
+    with checkpoints.writing_atomically(path) as file:
+        file.write(b"".join(line + b"\n" for line in kept))
+
+
+def _is_whole(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+class Log:
+    """Rows of numbers to standard output and out.txt, everything else to standard error and err.txt."""
+
+    def __init__(self, folder: Path, *, quiet: bool) -> None:
+        self.folder, self.quiet = folder, quiet
+
+    def write(self, text: str) -> None:
+        """Write a result."""
+        if not self.quiet:
+            print(text, flush=True)
+        self._append("out.txt", text)
+
+    def warn(self, text: str) -> None:
+        """Write what is no result."""
+        print(text, file=sys.stderr, flush=True)
+        self._append("err.txt", text)
+
+    def _append(self, name: str, text: str) -> None:
+        with (self.folder / name).open("a") as file:
+            file.write(text + "\n")
+
+
+def format_row(row: Sequence[Any]) -> str:
+    """Return numbers and names in DomainBed's columns."""
+    cells = [f"{value:.10f}" if isinstance(value, float) else str(value) for value in row]
+    return "  ".join(cell.ljust(_COLUMN_WIDTH)[:_COLUMN_WIDTH] for cell in cells)

@@ -1,0 +1,81 @@
+"""A data set's environments, split into the parts that are trained on, validated on and unlabelled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from daft_domainbed import plugin
+from daft_domainbed.errors import UsageError
+from daft_domainbed.provenance import Request
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set, and the parts of its environments."""
+
+    dataset: Any
+    in_splits: list[Any]
+    out_splits: list[Any]
+    uda_splits: dict[int, Any]  # by environment; only those that are not empty
+
+    def list_splits(self) -> list[tuple[Any, Any]]:
+        """Return the in- and the out-split of every environment."""
+        return list(zip(self.in_splits, self.out_splits, strict=True))
+
+
+def build_data(host: plugin.Host, request: Request, hparams: Mapping[str, Any], dataset_class: Any) -> Data:
+    """Build a data set and split every environment."""
+    return split_environments(host, request, dataset_class(request.data_dir, list(request.test_envs), hparams))
+
+
+def split_environments(host: plugin.Host, request: Request, dataset: Any) -> Data:
+    """Split every environment of a data set as DomainBed does; draws nothing from the global generators."""
+    in_splits, out_splits, uda_splits = [], [], {}
+    for i, env in enumerate(dataset):
+        seed = host.misc.seed_hash(request.trial_seed, i)
+        out, in_ = host.misc.split_dataset(env, int(len(env) * request.holdout_fraction), seed)
+        if i in request.test_envs:
+            uda, in_ = host.misc.split_dataset(in_, int(len(in_) * request.uda_holdout_fraction), seed)
+            if len(uda):
+                uda_splits[i] = _flatten(uda)
+            in_ = _flatten(in_)
+        in_splits.append(in_)
+        out_splits.append(out)
+    return Data(dataset, in_splits, out_splits, uda_splits)
+
+
+def _flatten(split: Any) -> Any:
+    """Turn a split of a split into one split, whose data lie where fetching and fingerprints look for them."""
+    inner = split.underlying_dataset
+    split.keys = [inner.keys[key] for key in split.keys]
+    split.underlying_dataset = inner.underlying_dataset
+    return split
+
+
+def check_sizes(data: Data, request: Request, hparams: Mapping[str, Any], environments: Sequence[str]) -> None:
+    """Refuse environments too small for their splits or for a batch, for which upstream would wait for ever.
+
+    Raises:
+        UsageError: Names the environment, and the batch size that fits.
+    """
+    held_out = set(request.test_envs)
+    for i, (in_, out) in enumerate(zip(data.in_splits, data.out_splits, strict=True)):
+        if not len(in_) or not len(out):
+            raise UsageError(
+                f"env {environments[i]!r} has {len(in_) + len(out)} images, of which --holdout_fraction "
+                f"{request.holdout_fraction} leaves {len(in_)} in and {len(out)} out: change the fraction or add images"
+            )
+    if hparams["class_balanced"]:
+        return  # that loader draws each batch afresh, whatever the size of the split
+    batch_size = hparams["batch_size"]
+    trained = [(environments[i], split) for i, split in enumerate(data.in_splits) if i not in held_out]
+    unlabelled = [("the unlabelled part of the held-out domains", split) for split in data.uda_splits.values()]
+    largest = min(len(split) for _, split in trained + unlabelled)
+    for name, split in trained + unlabelled:
+        if len(split) < batch_size:
+            raise UsageError(
+                f"env {name!r} has {len(split)} training images but batch_size is {batch_size}, and DomainBed's loader "
+                f"would wait for ever: lower it with --hparams '{{\"batch_size\": {largest}}}'"
+            )
