@@ -58,15 +58,15 @@ def own(folder: Path, *, wait: bool) -> Iterator[None]:
         if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
             break
         file.close()
-    try:
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
-    finally:
-        with suppress(OSError):
-            path.unlink()
-        file.close()
+    with file:
+        try:
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            yield
+        finally:
+            with suppress(OSError):
+                path.unlink()
 
 
 def explain_unwritable(folder: Path, error: OSError) -> Exception:
