@@ -124,6 +124,11 @@ def test_modes_reach_the_student_alone(bench: Any, algorithm: str) -> None:
         student.train(mode)
         assert {module.training for module in student.modules()} == {mode}
         assert {module.training for module in student.teacher.model.modules()} == {False}
+    x, _ = bench.draw_minibatches(0)[0]
+    answer = student.teacher(x)
+    student.teacher.model.train()  # nor would anyone who found the teacher set it to training
+    assert torch.equal(student.teacher(x), answer)
+    assert not any(module.training for module in student.teacher.model.network.modules())
 
 
 @both_students
