@@ -544,6 +544,7 @@ class TestFailures:
         assert outcome(small_disk / "disturbed") == outcome(tiny.root / "undisturbed")
 
     def test_a_folder_that_cannot_be_written(self, tiny: Any, run_train: RunTrain) -> None:
+        tiny.train("before", steps=1)  # imports what another user may not be able to read
         folder = Path(tempfile.mkdtemp())
         user = os.geteuid()
         try:
