@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -198,13 +198,38 @@ def _extend_featurizer(host: Host) -> Callable[[tuple[int, ...], Mapping[str, An
                 None if side == "auto" else side,
                 INPUT_SPECS[pixels],
             )
-        elif len(input_shape) == 3 and input_shape[-1] > 32 and input_shape[-1] != 224:
-            featurizer = host.networks.ResNet(input_shape, hparams)  # takes any size, though the host does not say so
         else:
-            featurizer = original(input_shape, hparams)
+            with _without_pretrained_weights() if hparams.get("weights") == "none" else nullcontext():
+                # Any larger size does for the host's ResNet, though its own choice knows 224 alone.
+                is_odd = len(input_shape) == 3 and input_shape[-1] > 32 and input_shape[-1] != 224
+                featurizer = (host.networks.ResNet if is_odd else original)(input_shape, hparams)
         return backbones.freeze(featurizer) if hparams.get("backbone_frozen") else featurizer
 
     return Featurizer
+
+
+@contextmanager
+def _without_pretrained_weights() -> Iterator[None]:
+    """Have the host's own ResNets built from random weights: it would download others, whatever comes after."""
+    import torchvision
+
+    models: list[tuple[Any, str, Callable[..., Any]]] = []
+    for name in ("resnet18", "resnet50"):
+        build = getattr(torchvision.models, name)
+        models.append((torchvision.models, name, lambda build=build, **_: build()))
+    with suppress(ImportError):
+        import timm
+
+        create = timm.create_model
+        models.append((timm, "create_model", lambda name, **_: create(name)))
+    before = [(module, name, getattr(module, name)) for module, name, _ in models]
+    try:
+        for module, name, build in models:
+            setattr(module, name, build)
+        yield
+    finally:
+        for module, name, build in before:
+            setattr(module, name, build)
 
 
 def get_input_shape(host: Host, dataset: str) -> tuple[int, ...] | None:

@@ -3,8 +3,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torchvision
 
 from daft_domainbed import plugin
 from daft_domainbed.errors import UsageError
@@ -92,3 +94,16 @@ def test_importing_the_package_registers_nothing() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "['ERM']"
+
+
+@pytest.mark.parametrize("own", [{"resnet18": True, "resnet50_augmix": False}, {"resnet18": False}, {}])
+def test_the_hosts_own_resnet_downloads_nothing_where_no_weights_are_wanted(own: dict[str, Any]) -> None:
+    if own.get("resnet50_augmix", True):
+        pytest.importorskip("timm", reason="the host's default at 224 pixels is timm's")
+    host = plugin.find_host()
+    plugin.register(host)
+    defaults = plugin.get_default_hparams(host, "ERM", "PACS", {})
+    build = torchvision.models.resnet50
+    featurizer = host.networks.Featurizer((3, 224, 224), defaults | {"weights": "none"} | own)
+    assert featurizer.n_outputs == (512 if own.get("resnet18") else 2048)
+    assert torchvision.models.resnet50 is build

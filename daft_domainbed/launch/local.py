@@ -21,6 +21,7 @@ from daft_domainbed.errors import RunError, UsageError
 from daft_domainbed.launch.plan import Job
 
 FAILED_FILE = "failed"
+_PRELOADED = ["daft_domainbed.engine", "daft_domainbed.algorithms", "daft_domainbed.embedded.datasets"]
 _SECONDS_BETWEEN_REPORTS = 0.25
 
 
@@ -61,7 +62,7 @@ def run_jobs(root: Path, jobs: Sequence[Job], *, n_jobs: int, threads: int, obse
     # Read by the server at its start, before it imports torch.
     os.environ["OMP_NUM_THREADS"] = str(threads)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["daft_domainbed.engine", "daft_domainbed.algorithms"])
+    context.set_forkserver_preload(_PRELOADED)
     done = {job.folder for job in jobs if is_done(root / job.folder)}
     waiting = [job for job in jobs if job.folder not in done]
     for job in waiting:
