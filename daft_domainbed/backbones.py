@@ -78,6 +78,8 @@ class _Headless(nn.Module):
         name: For messages.
     """
 
+    rebuilt = ("theirs", "ours", "memory")  # nothing that a resumed run would miss
+
     def __init__(
         self,
         network: nn.Module,
@@ -177,6 +179,8 @@ def _build_torchvision(name: str, weights: str) -> nn.Module:
         file, folder = entry.url.rsplit("/", 1)[-1], Path(torch.hub.get_dir(), "checkpoints")
         place = f"put {file} into {folder} (TORCH_HOME moves it), or "
         raise UsageError(_explain_missing_weights(name, error, place)) from error
+    if hasattr(network, "transform_input"):
+        network.transform_input = True  # torchvision turns it off without weights, but a checkpoint's are to come
     if getattr(network, "aux_logits", False):  # GoogLeNet and Inception answer with a tuple in train mode
         network.aux_logits = False
         for attribute in ("aux1", "aux2", "AuxLogits"):

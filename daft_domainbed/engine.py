@@ -382,15 +382,21 @@ def follow_upstream_run(args: TrainArgs) -> Callable[[Any, Mapping[str, Any]], N
         UsageError: From the returned function, where upstream would wait for ever for a batch that does not come.
     """
     host = plugin.find_host("upstream")
+    is_built = False
 
     def built(dataset: Any, hparams_: Mapping[str, Any]) -> None:
+        nonlocal is_built
+        if is_built:  # a teacher's data set, not the run's own
+            return
+        is_built = True
         request = make_request(args, args.steps or dataset.N_STEPS)
         data = split_environments(host, request, dataset)
         check_sizes(data, request, hparams_, type(dataset).ENVIRONMENTS)
         folder = Path(args.output_dir)
 
         def write_beside(**found: Any) -> None:
-            beside = facts.provenance | {"environments": list(type(dataset).ENVIRONMENTS)} | found
+            names = list(type(dataset).ENVIRONMENTS)
+            beside = facts.provenance | {"seed": args.seed, "environments": names} | found
             checkpoints.write_text(folder / PROVENANCE, json.dumps(beside, sort_keys=True) + "\n")
 
         facts = replace(

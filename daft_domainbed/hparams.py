@@ -15,7 +15,6 @@ from daft_domainbed.errors import UsageError, suggest
 
 DISTILLING = frozenset({"KD", "DAFT"})
 TEACHER_KINDS = {"AFT": "ERM", "KD": "ERM", "DAFT": "AFT"}  # whose teacher, made by which algorithm
-OURS = frozenset(TEACHER_KINDS)
 _SMALL_SIDES = (28, 32)
 _LARGEST_SMALL_FOLDER = 64
 

@@ -29,6 +29,7 @@ def restore(algorithm: nn.Module, state: dict[str, Any]) -> None:
 
     What only an update makes, such as Fish's copy of itself, is left out: the next update makes it anew.
     """
+    device = next((parameter.device for parameter in algorithm.parameters()), torch.device("cpu"))
     modules = dict(algorithm.named_modules(remove_duplicate=False))
     model = {key: value for key, value in state["model"].items() if key.rpartition(".")[0] in modules}
     for name, buffer in algorithm.named_buffers():
@@ -39,17 +40,26 @@ def restore(algorithm: nn.Module, state: dict[str, Any]) -> None:
         prefix, _, name = key.rpartition("/")
         attributes: dict[str, Any] = modules[prefix].__dict__ if prefix in modules else {}
         if kind == "value":
-            attributes[name] = content
+            attributes[name] = _move(content, device)
         elif kind == "state_dict" and name in attributes:
             attributes[name].load_state_dict(content)
         elif kind == "generator" and name in attributes:
             attributes[name].set_state(content)
 
 
+def _move(value: Any, device: torch.device) -> Any:
+    """Move what was read on the CPU to where the algorithm computes."""
+    if isinstance(value, dict):
+        return {key: _move(item, device) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_move(item, device) for item in value)
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
 def _list_attributes(algorithm: nn.Module) -> Iterator[tuple[str, str, Any]]:
     for prefix, module in algorithm.named_modules():
         for name, value in vars(module).items():
-            if name not in _REBUILT:
+            if name not in _REBUILT and name not in getattr(module, "rebuilt", ()):
                 yield prefix, name, value
 
 

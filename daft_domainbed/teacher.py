@@ -104,7 +104,7 @@ def load_teacher(algorithm: str, wanted: Mapping[str, Any]) -> Teacher:
 def build_model(content: Mapping[str, Any], path: Path, facts: RunFacts) -> Any:
     """Build a checkpoint's model from its own hyperparameters, with its weights loaded strictly."""
     name = content["args"].get("algorithm", "ERM")
-    ours = name in hparams.OURS  # our students and AFT teachers hold nothing but ERM's parameters
+    ours = name in hparams.TEACHER_KINDS  # our students and AFT teachers hold nothing but ERM's parameters
     # The checkpoint brings every weight: pretrained ones would be downloaded only to be overwritten.
     own = content["model_hparams"] | {"weights": "none"}
     try:
@@ -294,12 +294,13 @@ def _check_kind(algorithm: str, content: Mapping[str, Any], path: Path) -> None:
     kind = content["args"].get("algorithm", "ERM")
     if not isinstance(kind, str):
         raise UsageError(f"{path} is no checkpoint of an algorithm: its args say {kind!r}; name a model.pkl")
-    if algorithm == "DAFT" and kind != "AFT":
+    wants_aft = hparams.TEACHER_KINDS[algorithm] == "AFT"
+    if wants_aft and kind != "AFT":
         raise UsageError(
-            f"{path} is a checkpoint of {kind}, and DAFT's teacher is an adversarially fine-tuned one: make it with "
-            f"'daft-domainbed train --algorithm AFT', or distil this one with --algorithm KD"
+            f"{path} is a checkpoint of {kind}, and {algorithm}'s teacher is an adversarially fine-tuned one: make it "
+            f"with 'daft-domainbed train --algorithm AFT', or distil this one with --algorithm KD"
         )
-    if algorithm != "DAFT" and kind == "AFT":
+    if not wants_aft and kind == "AFT":
         hint = "distil it with --algorithm DAFT" if algorithm == "KD" else "fine-tune an ERM checkpoint"
         raise UsageError(
             f"{path} is a checkpoint of AFT, and {algorithm}'s teacher is a plain one: make it with "
@@ -326,12 +327,30 @@ def _read_provenance(content: Mapping[str, Any], path: Path, facts: RunFacts) ->
             own = json.loads((path.parent / PROVENANCE).read_text())
         except ValueError as error:
             raise UsageError(f"{path.parent / PROVENANCE} is not JSON ({error}): make the teacher again") from error
+        _check_beside(own, content["args"], path)
     if own is None:
         own = _recompute_provenance(content["args"], path, facts)
     if not isinstance(own, dict) or not isinstance(own.get("fingerprints"), dict):
         raise UsageError(f"teacher {path} has no readable provenance: make it again")
     # What the model itself takes and answers is for its own file to say.
     return own | {"num_classes": content["model_num_classes"], "input_shape": list(content["model_input_shape"])}
+
+
+def _check_beside(beside: Any, args: Mapping[str, Any], path: Path) -> None:
+    """Refuse a provenance that was written for another run in the same folder: upstream's loop reuses folders."""
+    names = [name for name in ("seed", *provenance.PLAIN_FIELDS) if name in args]
+    ours = {name: args[name] for name in names}
+    if isinstance(ours.get("dataset"), str):
+        ours["dataset"] = provenance.name_dataset(ours["dataset"])
+    if isinstance(ours.get("test_envs"), list):
+        ours["test_envs"] = sorted(ours["test_envs"])
+    theirs = beside if isinstance(beside, dict) else {}
+    if different := [name for name in names if name in theirs and theirs[name] != ours[name]]:
+        name = different[0]
+        raise UsageError(
+            f"{path.parent / PROVENANCE} and {path} are of different runs ({name} is {theirs[name]} and {ours[name]}): "
+            f"make the teacher again in a folder of its own"
+        )
 
 
 def _recompute_provenance(args: Mapping[str, Any], path: Path, facts: RunFacts) -> dict[str, Any]:

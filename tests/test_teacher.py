@@ -366,7 +366,15 @@ class TestUpstreamCheckpoints:
         with provenance.run_in_progress(facts):
             assert load_teacher("KD", {"teacher": str(path)}).path == path
         (path.parent / "provenance.json").write_text(json.dumps(facts.provenance | {"trial_seed": 4}))
-        assert "trial_seed is 4 there and 0 here" in refuse(path)
+        assert "of different runs (trial_seed is 4 and 0)" in refuse(path)
+
+    def test_provenance_of_a_later_run_in_the_same_folder_does_not_count(
+        self, tiny: Any, refuse: Refuse, gather_facts: Callable[..., Any]
+    ) -> None:
+        """Upstream's loop reuses folders: the weights there may be older than what lies beside them."""
+        path = write_upstream_checkpoint(tiny.root / "old" / "model.pkl", "Debug28", test_envs=[1])
+        (path.parent / "provenance.json").write_text(json.dumps(gather_facts().provenance))
+        assert "of different runs (test_envs is [0] and [1])" in refuse(path)
 
     @pytest.mark.parametrize("content", [b"{half", b"\xff\xfe", b"[1]", b"{}", b'{"fingerprints": 3}'])
     def test_broken_provenance_beside_the_checkpoint(self, tiny: Any, refuse: Refuse, content: bytes) -> None:

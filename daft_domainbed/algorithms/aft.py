@@ -23,6 +23,7 @@ else:
 
 # What fine-tuning chooses for itself; everything else of an ERM is its architecture, which is the teacher's.
 _OWN_HPARAMS = ("lr", "weight_decay", "batch_size", "class_balanced", "data_augmentation", "backbone_frozen")
+_OWN_PREFIXES = ("aft_", "teacher", "kd_")  # which a teacher that was itself distilled has too
 
 
 class AFT(ERM):
@@ -45,9 +46,18 @@ class AFT(ERM):
         resolved = resolve_aft(hparams)  # refuses what cannot be before a teacher is trained for it
         teacher = load_teacher("AFT", hparams)
         # The architecture is the teacher's; every weight comes from it, so none has to be downloaded.
-        architecture = {name: value for name, value in teacher.hparams.items() if name not in _OWN_HPARAMS}
+        architecture = {
+            name: value
+            for name, value in teacher.hparams.items()
+            if name not in _OWN_HPARAMS and not name.startswith(_OWN_PREFIXES)
+        }
         super().__init__(input_shape, num_classes, num_domains, {**hparams, **architecture, "weights": "none"})
-        self.network.load_state_dict(teacher.model.network.state_dict())
+        try:
+            self.network.load_state_dict(teacher.model.network.state_dict())
+        except (AttributeError, RuntimeError) as error:
+            raise UsageError(
+                f"{teacher.path} has no featurizer and head as ERM has: fine-tune an ERM checkpoint"
+            ) from error
         hparams.update(architecture | resolved)
         self.hparams = hparams
         self.teacher = teacher

@@ -111,7 +111,7 @@ def _hear(entry: _Running, root: Path, observer: Observer, done: set[str], failu
     """Take a job's next message; return whether it is still running."""
     try:
         step, n_steps = entry.connection.recv()
-    except EOFError:
+    except (EOFError, OSError):  # its end, or a message that a kill cut short
         entry.process.join()
         failure = None if is_done(root / entry.job.folder) else _read_failure(root / entry.job.folder, entry.process)
         if failure is None:
@@ -125,7 +125,7 @@ def _hear(entry: _Running, root: Path, observer: Observer, done: set[str], failu
 
 
 def _read_failure(folder: Path, process: Any) -> str:
-    with suppress(OSError):
+    with suppress(OSError, IndexError):  # a full disk leaves an empty file
         return (folder / FAILED_FILE).read_text().splitlines()[0]
     return f"its process ended with status {process.exitcode}; the same command goes on where it was"
 

@@ -20,6 +20,7 @@ from daft_domainbed.arguments import (
 )
 from daft_domainbed.checkpoints import write_text
 from daft_domainbed.errors import UsageError
+from daft_domainbed.provenance import name_dataset
 from daft_domainbed.teacher import plan_teacher
 
 PLAN_FILE = "plan.json"
@@ -179,7 +180,7 @@ def _list_students(host: plugin.Host, sweep: SweepArgs, user: dict[str, Any]) ->
                             hparams=json.dumps(own, sort_keys=True) if own else None,
                             hparams_seed=hparams_seed,
                             trial_seed=trial_seed,
-                            seed=host.misc.seed_hash(dataset, test_envs, trial_seed),
+                            seed=host.misc.seed_hash(name_dataset(dataset), test_envs, trial_seed),
                             steps=sweep.steps,
                             checkpoint_freq=sweep.checkpoint_freq,
                             test_envs=test_envs,
@@ -212,9 +213,9 @@ def _plan_chain(host: plugin.Host, sweep: SweepArgs, student: TrainArgs) -> list
     """Return a student's job, then its teacher's, then that one's teacher's."""
     root = Path(sweep.output_dir)
     store = Path(sweep.teachers_dir) if sweep.teachers_dir else root / "teachers"
-    folder = md5(
-        json.dumps({k: v for k, v in asdict(student).items() if k not in _INCIDENTAL}, sort_keys=True).encode()
-    ).hexdigest()
+    identity = {name: value for name, value in asdict(student).items() if name not in _INCIDENTAL}
+    identity["dataset"] = name_dataset(student.dataset)  # wherever it lies
+    folder = md5(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     args = replace(student, output_dir=str(root / folder), teachers_dir=str(store))
     jobs = [Job("student", folder, args)]
     while args.algorithm in hparams.TEACHER_KINDS:
