@@ -35,7 +35,7 @@ from daft_domainbed.run_folder import (
     own,
     read_unfinished,
 )
-from daft_domainbed.splits import Data, build_data, check_sizes, split_environments
+from daft_domainbed.splits import NO_UNLABELLED, Data, build_data, check_sizes, split_environments
 from daft_domainbed.teacher import PROVENANCE, Teacher
 
 SECONDS_BETWEEN_SAVES = 60.0
@@ -104,7 +104,7 @@ class _Run:
             randomness.seed_everything(args.seed)
         check_sizes(self.data, self.request, self.hparams, self.job.dataset_class.ENVIRONMENTS)
         if args.task == "domain_adaptation" and not self.data.uda_splits:
-            raise UsageError("--task domain_adaptation needs unlabelled images: give --uda_holdout_fraction above 0")
+            raise UsageError(NO_UNLABELLED)
         self._make_streams()
         self.facts = _gather_facts(args, self.host, self.request, self.data, self.hparams, self.folder, self.log.warn)
         if saved is not None:

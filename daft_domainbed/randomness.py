@@ -21,7 +21,7 @@ def capture_states(*, cuda: bool = True) -> States:
         "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
         "torch": torch.get_rng_state(),
     }
-    if cuda and torch.cuda.is_initialized():
+    if cuda and torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state_all()
     return states
 

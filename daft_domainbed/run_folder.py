@@ -55,8 +55,9 @@ def own(folder: Path, *, wait: bool) -> Iterator[None]:
             time.sleep(0.2)
             continue
         # The last owner may have removed the file between our opening and our locking it.
-        if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
-            break
+        with suppress(FileNotFoundError):
+            if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+                break
         file.close()
     with file:
         try:

@@ -10,6 +10,8 @@ from daft_domainbed import plugin
 from daft_domainbed.errors import UsageError
 from daft_domainbed.provenance import Request
 
+NO_UNLABELLED = "--task domain_adaptation needs unlabelled images: give --uda_holdout_fraction above 0"
+
 
 @dataclass(frozen=True)
 class Data:

@@ -301,3 +301,18 @@ def test_teachers_of_other_runs(
 )
 def test_other_commands(refuse: Callable[..., str], command: str, argv: list[str], says: str) -> None:
     assert says in refuse(argv, command)
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--holdout_fraction", "0"], "0.0"),
+        (["--device", "foo"], "'foo'"),
+        (["--precision", "fp16", "--device", "cpu"], "fp16"),
+        (["--dataset", "PACS", "--data_dir", "nowhere"], "nowhere"),
+        (["--hparams", '{"batch_size": 100000}'], "100000"),
+        (["--task", "domain_adaptation"], "--uda_holdout_fraction"),
+    ],
+)
+def test_a_sweep_is_refused_before_it_has_a_folder(refuse: Callable[..., str], argv: list[str], says: str) -> None:
+    assert says in refuse([*argv, "--output_dir", "sweep"], "run")

@@ -16,11 +16,14 @@ from daft_domainbed.arguments import (
     list_stages,
     make_request,
     make_teacher_args,
+    prepare,
     resolve_hparams,
 )
 from daft_domainbed.checkpoints import write_text
 from daft_domainbed.errors import UsageError
-from daft_domainbed.provenance import name_dataset
+from daft_domainbed.randomness import preserve_states
+from daft_domainbed.run_folder import RECORDS_FILE
+from daft_domainbed.splits import NO_UNLABELLED, build_data, check_sizes
 from daft_domainbed.teacher import plan_teacher
 
 PLAN_FILE = "plan.json"
@@ -89,6 +92,7 @@ def make_plan(sweep: SweepArgs) -> list[Job]:
     plugin.register(host)
     user = hparams.parse_json(sweep.hparams)
     _check_hparams(host, sweep, user)
+    _check_first_runs(sweep, list(_list_students(host, sweep, user)))
     jobs: dict[str, Job] = {}
     for args in _list_students(host, sweep, user):
         chain = _plan_chain(host, sweep, args)
@@ -105,6 +109,8 @@ def write_plan(sweep: SweepArgs, jobs: list[Job]) -> None:
     """
     path = Path(sweep.output_dir) / PLAN_FILE
     old = _read_plan(path)
+    if old is not None and not any((path.parent / job["folder"] / RECORDS_FILE).is_file() for job in old["jobs"]):
+        old = None  # nothing came of it: most likely it was a mistake
     args = asdict(sweep)
     if old is not None:
         _check_growth(old["args"], args, path.parent)
@@ -127,8 +133,9 @@ def _read_plan(path: Path) -> dict[str, Any] | None:
         return None
     try:
         plan: dict[str, Any] = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{path} is not JSON ({error.msg}): delete it, the runs beside it are kept") from error
+        plan["args"], plan["jobs"] = dict(plan["args"]), [job | {"folder": job["folder"]} for job in plan["jobs"]]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UsageError(f"{path} is no plan of a sweep ({error}): delete it, the runs beside it are kept") from error
     return plan
 
 
@@ -161,6 +168,24 @@ def _check_hparams(host: plugin.Host, sweep: SweepArgs, user: dict[str, Any]) ->
             hparams.check_values(user, known)
 
 
+def _check_first_runs(sweep: SweepArgs, students: list[TrainArgs]) -> None:
+    """Refuse what every run of a sweep would be refused for, before the sweep has a folder."""
+    first: dict[tuple[str, str], TrainArgs] = {}
+    for args in students:
+        first.setdefault((args.dataset, args.algorithm), args)
+    for dataset in sweep.datasets:
+        data = None
+        for algorithm in sweep.algorithms:
+            job = prepare(first[dataset, algorithm])
+            request = make_request(job.args, job.n_steps)
+            if data is None:
+                with preserve_states():
+                    data = build_data(job.host, request, job.hparams, job.dataset_class)
+            check_sizes(data, request, job.hparams, job.dataset_class.ENVIRONMENTS)
+            if job.args.task == "domain_adaptation" and not data.uda_splits:
+                raise UsageError(NO_UNLABELLED)
+
+
 def _list_students(host: plugin.Host, sweep: SweepArgs, user: dict[str, Any]) -> Iterator[TrainArgs]:
     for trial_seed in range(sweep.n_trials):
         for dataset in sweep.datasets:
@@ -180,7 +205,7 @@ def _list_students(host: plugin.Host, sweep: SweepArgs, user: dict[str, Any]) ->
                             hparams=json.dumps(own, sort_keys=True) if own else None,
                             hparams_seed=hparams_seed,
                             trial_seed=trial_seed,
-                            seed=host.misc.seed_hash(name_dataset(dataset), test_envs, trial_seed),
+                            seed=host.misc.seed_hash(dataset, test_envs, trial_seed),
                             steps=sweep.steps,
                             checkpoint_freq=sweep.checkpoint_freq,
                             test_envs=test_envs,
@@ -214,7 +239,6 @@ def _plan_chain(host: plugin.Host, sweep: SweepArgs, student: TrainArgs) -> list
     root = Path(sweep.output_dir)
     store = Path(sweep.teachers_dir) if sweep.teachers_dir else root / "teachers"
     identity = {name: value for name, value in asdict(student).items() if name not in _INCIDENTAL}
-    identity["dataset"] = name_dataset(student.dataset)  # wherever it lies
     folder = md5(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     args = replace(student, output_dir=str(root / folder), teachers_dir=str(store))
     jobs = [Job("student", folder, args)]

@@ -13,7 +13,7 @@ from daft_domainbed.embedded.misc import seed_hash
 from daft_domainbed.errors import UsageError
 from daft_domainbed.launch.plan import Job, SweepArgs, list_test_envs, make_plan, write_plan
 
-TINY = {"backbone": "resnet8_w2", "teacher_backbone": "resnet8_w4"}
+TINY = {"batch_size": 8, "backbone": "resnet8_w2", "teacher_backbone": "resnet8_w4"}
 
 
 def make_sweep(root: Path, **changes: Any) -> SweepArgs:
@@ -190,7 +190,11 @@ def test_what_no_job_could_run_is_refused_before_any_does(
 
 
 def store(sweep: SweepArgs) -> dict[str, Any]:
-    write_plan(sweep, make_plan(sweep))
+    jobs = make_plan(sweep)
+    write_plan(sweep, jobs)
+    begun = Path(sweep.output_dir, jobs[0].folder)  # a plan of which nothing came may be replaced
+    begun.mkdir(parents=True, exist_ok=True)
+    (begun / "results.jsonl").touch()
     plan: dict[str, Any] = json.loads((Path(sweep.output_dir) / "plan.json").read_text())
     return plan
 
@@ -229,7 +233,7 @@ def test_a_sweep_may_grow_and_keeps_its_jobs(tmp_path: Path, growth: dict[str, A
     [
         ({"steps": 41}, "steps is 40 there and 41 here"),
         ({"single_test_envs": False}, "single_test_envs is True there and False here"),
-        ({"hparams": json.dumps({"lr": 0.1})}, "hparams is .* there and .* here"),
+        ({"hparams": json.dumps({"batch_size": 8, "lr": 0.1})}, "hparams is .* there and .* here"),
         ({"precision": "bf16"}, "precision is fp32 there and bf16 here"),
     ],
 )
@@ -249,5 +253,11 @@ def test_a_moved_sweep_is_the_same_sweep(tmp_path: Path) -> None:
 
 def test_broken_plan_is_named(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text('{"schema": 1, "jo')
-    with pytest.raises(UsageError, match="plan.json is not JSON .*: delete it"):
+    with pytest.raises(UsageError, match="plan.json is no plan of a sweep .*: delete it"):
         store(make_sweep(tmp_path))
+
+
+def test_a_plan_of_which_nothing_came_is_replaced(tmp_path: Path) -> None:
+    write_plan(sweep := make_sweep(tmp_path), make_plan(sweep))
+    write_plan(sweep := make_sweep(tmp_path, steps=41), make_plan(sweep))
+    assert json.loads((tmp_path / "plan.json").read_text())["args"]["steps"] == 41
