@@ -253,7 +253,11 @@ def resolve_aft(wanted: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _search(algorithm: str, folder: Path, facts: RunFacts) -> Path:
-    """Return the match with the highest mean out-split accuracy over *training* environments."""
+    """Return the match with the highest mean out-split accuracy over *training* environments.
+
+    A distilled student is no match, though its file may be named: KD is the control for DAFT, and a folder that holds
+    both kinds of runs would else give it DAFT's own student as the teacher.
+    """
     best, best_accuracy, reasons = None, -math.inf, []
     paths = sorted(
         path for pattern in (CHECKPOINT, f"*/{CHECKPOINT}", f"*/*/{CHECKPOINT}") for path in folder.glob(pattern)
@@ -266,6 +270,8 @@ def _search(algorithm: str, folder: Path, facts: RunFacts) -> Path:
         try:
             content = checkpoints.load_checkpoint(path)
             _check_kind(algorithm, content, path)
+            if (kind := content["args"].get("algorithm")) in hparams.DISTILLING:
+                raise UsageError(f"{path} is a student of {kind}; name the file itself if it is to teach")
             _verify(content, path, facts)
         except UsageError as error:
             reasons.append(str(error))

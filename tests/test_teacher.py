@@ -167,6 +167,17 @@ class TestRightTeacher:
         run = tiny.train("student", {**FOLDER_HPARAMS, "teacher": str(path)}, algorithm="KD", **flags)
         assert records(run)[0]["teacher"]["steps"] == 1
 
+    def test_a_students_run_in_the_folder_is_passed_over(
+        self, tiny: Any, teachers: dict[str, Path], gather_facts: Callable[..., Any]
+    ) -> None:
+        store = tiny.root / "store"
+        shutil.copytree(teachers["ERM"].parent, store / "erm")
+        student = tiny.train("store/kd", {"teacher": str(teachers["ERM"])}, algorithm="KD")
+        set_last_record(student, env1_out_acc=1.0, env2_out_acc=1.0)
+        with provenance.run_in_progress(gather_facts()):
+            assert load_teacher("KD", {"teacher": str(store)}).path == store / "erm" / "model.pkl"
+            assert load_teacher("KD", {"teacher": str(student / "model.pkl")}).path == student / "model.pkl"
+
     def test_images_that_have_moved(self, tiny: Any, image_folder: Path) -> None:
         path = tiny.train("ERM", FOLDER_HPARAMS, dataset=f"folder:{image_folder}", steps=1) / "model.pkl"
         moved = tiny.root / "elsewhere" / image_folder.name
