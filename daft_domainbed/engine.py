@@ -114,11 +114,24 @@ class _Run:
         with provenance.run_in_progress(self.facts):
             algorithm_class = plugin.get_algorithm_class(self.host, args.algorithm)
             self.algorithm = algorithm_class(dataset.input_shape, dataset.num_classes, n_domains, self.hparams)
+        self._say_which_teacher()
         self.algorithm.to(self.device)
         self.precision = Precision(args.precision, self.device, self.algorithm)
         self._start(saved)
         self._loop()
         self._finish()
+
+    def _say_which_teacher(self) -> None:
+        """Name the teacher that a file or folder gave, and the hyperparameters that would have made another one."""
+        teacher = self._get_teacher_facts()
+        if not teacher or self.hparams["teacher"] == "auto":
+            return
+        self.log.warn(f"the teacher is {teacher['path']} ({teacher['algorithm']})")
+        made_by = ("teacher_", "aft_") if hparams.TEACHER_KINDS[self.args.algorithm] == "AFT" else ("teacher_",)
+        if idle := sorted(name for name in self.job.user_hparams if name.startswith(made_by)):
+            self.log.warn(
+                f"{', '.join(idle)} have no effect: the teacher was named, not made; its own are in its records"
+            )
 
     def _make_streams(self) -> None:
         """Make the loaders in upstream's order, since each draws from the global generator as it is made."""

@@ -167,6 +167,17 @@ class TestRightTeacher:
         run = tiny.train("student", {**FOLDER_HPARAMS, "teacher": str(path)}, algorithm="KD", **flags)
         assert records(run)[0]["teacher"]["steps"] == 1
 
+    @pytest.mark.parametrize(
+        ("algorithm", "kind", "idle"), [("DAFT", "AFT", "aft_eps, teacher_backbone"), ("KD", "ERM", "teacher_backbone")]
+    )
+    def test_a_named_one_is_said_and_what_it_leaves_without_effect(
+        self, tiny: Any, teachers: dict[str, Path], algorithm: str, kind: str, idle: str
+    ) -> None:
+        hparams = {"teacher": str(teachers[kind])} | ({"aft_eps": 0.1} if algorithm == "DAFT" else {})
+        log = (tiny.train("run", hparams, algorithm=algorithm) / "err.txt").read_text().splitlines()
+        assert log[0].endswith(f"({kind})")
+        assert log[1].startswith(f"{idle} have no effect")
+
     def test_a_students_run_in_the_folder_is_passed_over(
         self, tiny: Any, teachers: dict[str, Path], gather_facts: Callable[..., Any]
     ) -> None:

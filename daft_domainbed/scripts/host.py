@@ -48,8 +48,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name.startswith("folder:"):
             plugin.add_folder_dataset(host, name)
     user = hparams.parse_json(known.hparams)
+    for algorithm in [*known.algorithms, known.algorithm]:
+        plugin.get_algorithm_class(host, algorithm)
     _check_hparams(host, known, user)
     if args.module == TRAIN:
+        if {"-h", "--help"} & set(args.args):
+            raise UsageError(
+                "DomainBed's own --help of its train script fails (a % in one of its texts); its flags are those of "
+                "'daft-domainbed train --help' without --host, --device, --precision, --teachers_dir and --data_seed"
+            )
         _watch_training(host, args.args)
     if args.module == SWEEP:
         plugin.redirect_launchers(host, f"{shlex.quote(sys.executable)} -m daft_domainbed.scripts.host")
