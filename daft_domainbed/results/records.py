@@ -34,6 +34,7 @@ with contextlib.suppress(ImportError):
     LOADERS = (loads, json.loads)  # orjson is faster, and refuses the NaN that DomainBed's writer leaves in a line
 
 RESULTS, PLAN, TEACHERS, BESIDE = "results.jsonl", "plan.json", "teachers", "provenance.json"
+LOGS = "slurm"  # what Slurm wrote of a sweep
 
 
 class JobKey(NamedTuple):
@@ -219,7 +220,7 @@ def read_sweep(root: Path) -> Sweep:
     outside: list[str] = []
     if plan:
         places = {PurePosixPath(folder).parts[0] for folder in plan.jobs}
-        notes += [Note(folder, "not in plan.json; left out") for folder in folders if folder not in places]
+        notes += [Note(folder, "not in plan.json; left out") for folder in folders if folder not in places | {LOGS}]
         folders = [folder for folder in folders if folder in plan.jobs]
         planned = [job.folder for job in plan.jobs.values() if job.is_teacher and job.folder not in stored]
         outside = [folder for folder in planned if os.path.isabs(folder)]

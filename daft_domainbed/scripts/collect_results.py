@@ -5,16 +5,20 @@ Reads our sweeps, DomainBed's own, and the folder of a single run, also while th
 Example:
     daft-domainbed collect_results --input_dir runs/EmojiStyles
     daft-domainbed collect_results --input_dir runs/EmojiStyles --format latex
+    daft-domainbed collect_results --input_dir runs/EmojiStyles --compare DAFT KD ERM
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from daft_domainbed.cli import ArgumentParser, run_command
+from daft_domainbed.errors import UsageError
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -23,20 +27,34 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--input_dir", type=Path, required=True, help="folder of a sweep (DomainBed's too) or of a run")
     formats = ["text", "markdown", "latex", "csv", "json"]
     parser.add_argument("--format", choices=formats, default="text", help="default: text")
+    parser.add_argument(
+        "--compare", nargs="+", metavar="ALGORITHM", help="the first one's gain over each other, paired by trial"
+    )
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the tables to standard output, what was left out to standard error."""
     args = build_parser().parse_args(argv)
+    if args.compare and len(args.compare) < 2:
+        raise UsageError(f"--compare {args.compare[0]}: name at least two algorithms, as in --compare DAFT KD")
+    if args.compare and args.format not in ("text", "json"):
+        raise UsageError(f"--compare is printed as text or json, not as {args.format}")
 
+    from daft_domainbed.results.comparison import compare, format_comparisons
     from daft_domainbed.results.records import read_sweep
     from daft_domainbed.results.tables import FORMATS, build_results
 
     sweep = read_sweep(args.input_dir)
     for note in sweep.notes:
         print(f"{note.path}: {note.why}", file=sys.stderr)
-    sys.stdout.write(FORMATS[args.format](build_results(sweep)))
+    results = build_results(sweep)
+    if args.compare:
+        comparisons = compare(results, args.compare[0], args.compare[1:])
+        as_json = json.dumps([asdict(entry) for entry in comparisons], indent=1) + "\n"
+        sys.stdout.write(as_json if args.format == "json" else format_comparisons(comparisons))
+    else:
+        sys.stdout.write(FORMATS[args.format](results))
     return 0
 
 

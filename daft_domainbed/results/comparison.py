@@ -1,0 +1,139 @@
+"""Is one algorithm better than another? Paired by trial, with intervals and p-values that a reviewer accepts.
+
+The unit is the trial: the held-out domains of one trial share their source images, so they are no independent samples.
+A trial's number is the mean, over held-out domains, of the accuracy that a selection chose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from daft_domainbed.errors import UsageError, suggest
+from daft_domainbed.results.statistics import adjust_holm, bootstrap_mean, flip_signs, mean
+from daft_domainbed.results.tables import SELECTION_WORDS, Results, Table
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How one algorithm does against another on a data set.
+
+    Attributes:
+        dataset: Its name.
+        selection: Of the checkpoints.
+        first: The algorithm whose gain it is.
+        second: The one it is compared with.
+        n: Trials in which both have a number for every held-out domain.
+        gain: Mean of first minus second, in points of accuracy.
+        interval: 95 % interval of the gain; None for fewer than two trials.
+        p: Two-sided, by exact sign flips; None for fewer than two trials.
+        p_adjusted: The same after Holm's correction for the comparisons of this data set.
+        gains: Mean gain on each held-out domain.
+    """
+
+    dataset: str
+    selection: str
+    first: str
+    second: str
+    n: int
+    gain: float | None
+    interval: tuple[float, float] | None
+    p: float | None
+    p_adjusted: float | None
+    gains: dict[str, float | None]
+
+
+def compare(
+    results: Results, first: str, others: Sequence[str], selection: str = "training-domain"
+) -> list[Comparison]:
+    """Compare an algorithm's students with others' on every data set; Holm's correction is over a data set's family.
+
+    Raises:
+        UsageError: An algorithm has no students in any table.
+    """
+    tables = [table for table in results.tables if table.selection == selection]
+    known = {row.algorithm for table in tables for row in table.rows if row.role == "student"}
+    for name in (first, *others):
+        if name not in known:
+            raise UsageError(
+                f"--compare {name}: no students of it here.{suggest(name, known)} There are {', '.join(sorted(known))}"
+            )
+    if len({first, *others}) < 1 + len(others):
+        raise UsageError(f"--compare {' '.join((first, *others))}: an algorithm is named twice")
+    comparisons = []
+    for table in tables:
+        family = [_compare(table, first, other) for other in others]
+        tested = [entry.p for entry in family if entry.p is not None]
+        adjusted = iter(adjust_holm(tested))
+        comparisons += [
+            entry if entry.p is None else Comparison(**vars(entry) | {"p_adjusted": next(adjusted)}) for entry in family
+        ]
+    return comparisons
+
+
+def _compare(table: Table, first: str, second: str) -> Comparison:
+    ours, theirs = (_collect_trials(table, name) for name in (first, second))
+    trials = sorted(ours.keys() & theirs.keys())
+    pairs = np.array([np.subtract(ours[trial], theirs[trial]) for trial in trials])
+    gains = pairs.mean(axis=1).tolist() if trials else []
+    is_tested = len(gains) > 1
+    by_env: list[float | None] = pairs.mean(axis=0).tolist() if trials else [None] * len(table.environments)
+    return Comparison(
+        dataset=table.dataset,
+        selection=table.selection,
+        first=first,
+        second=second,
+        n=len(gains),
+        gain=mean(gains),
+        interval=bootstrap_mean(gains) if is_tested else None,
+        p=flip_signs(gains) if is_tested else None,
+        p_adjusted=None,
+        gains=dict(zip(table.environments, by_env, strict=True)),
+    )
+
+
+def _collect_trials(table: Table, algorithm: str) -> dict[int, list[float]]:
+    """Return the accuracies of each trial that has one for every held-out domain."""
+    rows = [row for row in table.rows if (row.role, row.algorithm) == ("student", algorithm)]
+    for row in rows:
+        cells = [{number.choice.run.key.trial_seed: number.accuracy for number in cell.numbers} for cell in row.cells]
+        trials = set.intersection(*(set(cell) for cell in cells))
+        return {trial: [cell[trial] for cell in cells] for trial in trials}
+    return {}
+
+
+def format_comparisons(comparisons: Sequence[Comparison]) -> str:
+    """Return comparisons as text, a paragraph a data set."""
+    lines: list[str] = []
+    for dataset in dict.fromkeys(entry.dataset for entry in comparisons):
+        family = [entry for entry in comparisons if entry.dataset == dataset]
+        lines += [f"{dataset}: {SELECTION_WORDS[family[0].selection].name}, gains in points, paired by trial"]
+        lines += [f"  {_format(entry)}" for entry in family]
+        if any(entry.n > 1 for entry in family):
+            lines += [
+                "  95 % interval: bootstrap over trials, 10,000 draws; p: two-sided, exact sign flips"
+                + (f", Holm's correction over {len(family)} comparisons" if len(family) > 1 else "")
+            ]
+        lines += [""]
+    return "\n".join(lines)
+
+
+def _format(entry: Comparison) -> str:
+    name = f"{entry.first} - {entry.second}"
+    if entry.gain is None:
+        return f"{name}: no trial in which both have every held-out domain"
+    by_env = ", ".join(f"{env} {gain:+.1f}" for env, gain in entry.gains.items() if gain is not None)
+    if entry.interval is None or entry.p is None or entry.p_adjusted is None:
+        return f"{name}: {entry.gain:+.1f}, one trial, which says nothing of its spread ({by_env})"
+    low, high = entry.interval
+    adjusted = f", corrected {_format_p(entry.p_adjusted)}" if entry.p_adjusted != entry.p else ""
+    return (
+        f"{name}: {entry.gain:+.1f} [{low:+.1f}, {high:+.1f}], p {_format_p(entry.p)}{adjusted}, n = {entry.n} trials "
+        f"({by_env})"
+    )
+
+
+def _format_p(p: float) -> str:
+    return f"{p:.3f}" if p >= 0.0005 else f"{p:.1e}"
