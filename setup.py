@@ -57,6 +57,7 @@ setup(
         "pillow>=10.0",
         "rich>=13.0",
         "jinja2>=3.1",
+        "pyyaml>=6.0",
     ],
     extras_require={
         "test": [
@@ -67,7 +68,10 @@ setup(
             "foolbox>=3.3.4",
             "efficientnet-lite-pytorch>=0.1",
         ],
-        "dev": ["ruff>=0.9", "mypy>=1.11"],
+        "dev": ["ruff>=0.9", "mypy>=1.11", "types-PyYAML"],
+        # Launchers of sweeps: docs/sweeps.md.
+        "slurm": ["submitit>=1.5"],
+        "ray": ["ray>=2.40"],
         # Reads large sweeps about seven times faster than the standard library, which serves without it.
         "report": ["orjson>=3.9"],
         # For tools/build_data.py.

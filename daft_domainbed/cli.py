@@ -25,6 +25,7 @@ from typing import Any, NoReturn, TypeVar
 from daft_domainbed import __doc__ as PACKAGE_SUMMARY
 from daft_domainbed import __version__
 from daft_domainbed.errors import RunError, UsageError, suggest
+from daft_domainbed.stopping import Stopped
 
 PROGRAM = "daft-domainbed"
 SCRIPTS = Path(__file__).parent / "scripts"
@@ -159,7 +160,7 @@ def run_command(name: str, argv: Sequence[str] | None = None) -> int:
         argv: Its arguments, sys.argv[1:] if not given. `--debug` among them adds the traceback to a failure's line.
 
     Returns:
-        0 done, 1 failed, 2 bad usage or bad input, 130 interrupted.
+        0 done, 1 failed, 2 bad usage or bad input, 130 or 143 stopped by SIGINT or SIGTERM.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
@@ -180,6 +181,8 @@ def _guard(program: str, call: Callable[[], int], debug: bool) -> int:
             sys.stdout.flush()
     except KeyboardInterrupt:
         status, message = INTERRUPTED, "interrupted; give the same command again to go on from here"
+    except Stopped as stopped:
+        status, message = stopped.exit_status, str(stopped)
     except Exception as error:
         is_pipe = isinstance(error, BrokenPipeError)
         if not _can_print("\n" if is_pipe else "") and is_pipe:

@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from daft_domainbed import checkpoints, hparams, plugin, provenance, randomness, resume, streams
+from daft_domainbed import checkpoints, hparams, plugin, provenance, randomness, resume, stopping, streams
 from daft_domainbed.arguments import Job, TrainArgs, make_request, make_teacher_args, prepare
 from daft_domainbed.errors import RunError, UsageError
 from daft_domainbed.loaders import make_eval_stream, make_stream
+from daft_domainbed.locks import Claim
 from daft_domainbed.machine import describe_machine, keep_freed_memory
 from daft_domainbed.precision import Precision
 from daft_domainbed.provenance import Request, RunFacts
@@ -34,22 +35,24 @@ from daft_domainbed.run_folder import (
     keep_records,
     own,
     read_unfinished,
+    remove_finished_run,
 )
 from daft_domainbed.splits import NO_UNLABELLED, Data, build_data, check_sizes, split_environments
-from daft_domainbed.teacher import PROVENANCE, Teacher
+from daft_domainbed.teacher import CHECKPOINT, PROVENANCE, Teacher
 
 SECONDS_BETWEEN_SAVES = 60.0
 
 
 def train(
-    args: TrainArgs, *, quiet: bool = False, wait: bool = False, on_step: Callable[[int, int], None] | None = None
+    args: TrainArgs, *, quiet: bool = False, as_teacher: bool = False, on_step: Callable[[int, int], None] | None = None
 ) -> Path:
     """Train one model, or go on with the run that was interrupted in the same folder.
 
     Args:
         args: What to train.
         quiet: Write the rows of numbers to the run's files only.
-        wait: Wait for another process that is at work in the same folder, instead of refusing.
+        as_teacher: Its weights are what counts: another process that is at work in the same folder is waited for, and
+            a finished run whose weights were removed is done again.
         on_step: Told after each step how many are done, and of how many.
 
     Returns:
@@ -57,7 +60,8 @@ def train(
 
     Raises:
         UsageError: An argument, the data, a teacher or the folder is not usable; nothing in the folder was lost.
-        RunError: The loss became non-finite.
+        RunError: The loss became non-finite, or another process has taken the folder over.
+        Stopped: As was asked through `stopping`; the same call goes on.
         OSError: The disk is full; the same call goes on once there is room.
     """
     job = prepare(args)
@@ -70,13 +74,15 @@ def train(
     except OSError as error:
         raise explain_unwritable(folder, error) from error
     try:
-        with own(folder, wait=wait):
+        with own(folder, wait=as_teacher) as claim:
+            if as_teacher and not (folder / CHECKPOINT).is_file():
+                remove_finished_run(folder)
             saved = read_unfinished(args, folder)
             if saved is None and (folder / DONE_FILE).is_file():
                 return folder
             for leftover in folder.glob(".*.tmp"):  # what a killed owner left half written
                 leftover.unlink()
-            _Run(job, folder, Log(folder, quiet=quiet), on_step).execute(saved)
+            _Run(job, folder, claim, Log(folder, quiet=quiet), on_step).execute(saved)
     finally:
         if is_new:
             with suppress(OSError):  # it stays, unless nothing came of it
@@ -87,8 +93,10 @@ def train(
 class _Run:
     """One run in its folder, from the first step or from where it was."""
 
-    def __init__(self, job: Job, folder: Path, log: Log, on_step: Callable[[int, int], None] | None = None) -> None:
-        self.job, self.folder, self.log, self.on_step = job, folder, log, on_step
+    def __init__(
+        self, job: Job, folder: Path, claim: Claim, log: Log, on_step: Callable[[int, int], None] | None
+    ) -> None:
+        self.job, self.folder, self.claim, self.log, self.on_step = job, folder, claim, log, on_step
         self.args, self.host, self.device = job.args, job.host, job.device
         self.hparams = dict(job.hparams)  # the algorithm replaces each "auto" by its value
 
@@ -230,6 +238,11 @@ class _Run:
                 self._save_resume(pending=None)
             if self.on_step is not None:
                 self.on_step(self.step, self.job.n_steps)
+            if stopping.is_requested() and self.step < self.job.n_steps:
+                self._save_resume(pending=None)
+                raise stopping.Stopped(
+                    f"stopped at step {self.step} of {self.job.n_steps} in {self.folder}; the same command goes on"
+                )
 
     def _to_device(self, batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         x, y = batch
@@ -244,6 +257,7 @@ class _Run:
 
     def _record(self, step: int, epoch: float) -> None:
         """Evaluate, then make the checkpoint's record, its model and its resume point last, in that order."""
+        self.claim.check()
         started = time.perf_counter()
         record: dict[str, Any] = {"step": step, "epoch": epoch}
         record |= {name: float(np.mean(values)) for name, values in self.values.items()}
@@ -320,6 +334,7 @@ class _Run:
         checkpoints.save(content, self.folder / name)
 
     def _save_resume(self, pending: str | None) -> None:
+        self.claim.check()
         content = {
             "args": asdict(self.args),
             "provenance": self.facts.provenance,
@@ -358,7 +373,7 @@ def _gather_facts(
 
     def train_teacher(teacher: Request, user: dict[str, Any], teacher_folder: Path) -> None:
         warn(f"{args.algorithm} needs a teacher: training {teacher.algorithm} in {teacher_folder}")
-        train(make_teacher_args(args, teacher, user, teacher_folder), quiet=True, wait=True)
+        train(make_teacher_args(args, teacher, user, teacher_folder), quiet=True, as_teacher=True)
 
     def rebuild(theirs: Mapping[str, Any]) -> dict[str, Any]:
         names = ("trial_seed", "seed", "holdout_fraction", "task", "uda_holdout_fraction")

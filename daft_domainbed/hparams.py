@@ -216,7 +216,9 @@ def check_names(user: Iterable[str], known: Iterable[str], algorithms: Iterable[
     known = set(known)
     for name in user:
         if name not in known:
-            raise UsageError(f"no hyperparameter {name!r} of {', '.join(algorithms)}.{suggest(name, known)}")
+            owners = sorted(TABLE[name].algorithms or ()) if name in TABLE else []
+            hint = f" It belongs to {' and '.join(owners)}" if owners else suggest(name, known)
+            raise UsageError(f"no hyperparameter {name!r} of {', '.join(algorithms)}.{hint}")
 
 
 def check_values(user: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ import functools
 import importlib
 import os
 import re
+import runpy
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
@@ -123,8 +124,34 @@ def add_algorithm(name: str, mixin: type, *, like: str = "ERM") -> None:
     """
     hparams.add_algorithm(name, like)
     _added[name] = mixin
+    if (source := _find_source(mixin.__module__)) and source not in _sources:
+        _sources.append(source)
     for registered in _undo:
         _add_to_host(find_host(registered), name, mixin)
+
+
+def list_sources() -> list[str]:
+    """Return where the added algorithms come from, module names and paths of scripts, for processes yet to start."""
+    return list(_sources)
+
+
+@functools.cache
+def import_source(source: str) -> None:
+    """Import a module, or run a script as far as its `if __name__ == "__main__"`, for the algorithms that it adds."""
+    if source.endswith(".py"):
+        runpy.run_path(source, run_name=_SOURCE)
+    else:
+        importlib.import_module(source)
+
+
+def _find_source(module: str) -> str | None:
+    loaded = sys.modules.get(module)
+    if loaded is None or module != "__main__":
+        return None if module == _SOURCE else module
+    if loaded.__spec__ is not None:  # python -m
+        return loaded.__spec__.name
+    path = getattr(loaded, "__file__", None)  # a notebook has none
+    return os.path.abspath(path) if path else None
 
 
 def _add_to_host(host: Host, name: str, mixin: type) -> None:
@@ -135,6 +162,8 @@ def _add_to_host(host: Host, name: str, mixin: type) -> None:
 
 _undo: dict[str, list[Callable[[], None]]] = {}
 _added: dict[str, type] = {}
+_sources: list[str] = []
+_SOURCE = "daft_domainbed_source"  # what a script is called that is run for what it adds
 
 
 def _set(module: ModuleType, name: str, value: Any, undo: list[Callable[[], None]]) -> None:
@@ -314,7 +343,8 @@ def get_input_spec(host: Host, dataset: str) -> InputSpec:
 def is_seeded(dataset_class: type) -> bool:
     """Return whether a data set's contents depend on the seed it is built under (MNIST-like and Debug sets' do)."""
     seeded = getattr(dataset_class, "SEEDED", None)
-    return bool(seeded) if seeded is not None else not _has_ancestor(dataset_class, "MultipleEnvironmentImageFolder")
+    files = ("MultipleEnvironmentImageFolder", "WILDSDataset", "SpawriousBenchmark")
+    return bool(seeded) if seeded is not None else not any(_has_ancestor(dataset_class, name) for name in files)
 
 
 def _has_ancestor(kind: type | None, name: str) -> bool:
@@ -351,6 +381,13 @@ def watch_dataset(host: Host, name: str, built: Callable[[Any, Mapping[str, Any]
 
     Watched.__name__ = Watched.__qualname__ = original.__name__
     _set(host.datasets, name, Watched, _undo[host.name])
+
+
+def get_launchers(host: Host) -> dict[str, Callable[[list[str]], Any]]:
+    """Return the functions by which a host's own sweep launches commands, by name; the user may have added some."""
+    if host.name == "embedded":
+        return {}
+    return dict(importlib.import_module("domainbed.command_launchers").REGISTRY)
 
 
 def redirect_launchers(host: Host, command: str) -> None:

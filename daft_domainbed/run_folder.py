@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from daft_domainbed import checkpoints, hparams, provenance
+from daft_domainbed import checkpoints, hparams, locks, provenance, stopping
 from daft_domainbed.arguments import TrainArgs
 from daft_domainbed.errors import UsageError
+from daft_domainbed.locks import Claim
 
 RESUME_FILE = "resume.pt"
 RECORDS_FILE = "results.jsonl"
 DONE_FILE = "done"
-LOCK_FILE = ".lock"
 _COLUMN_WIDTH = 12
 
 # Where a run lies, where its data and teachers lie (what they hold is verified) and on what it runs may change between
@@ -30,44 +28,26 @@ _MOVABLE = ("output_dir", "data_dir", "teachers_dir", "device")
 
 
 @contextmanager
-def own(folder: Path, *, wait: bool) -> Iterator[None]:
-    """Own a run's folder; the operating system lets go of a dead owner's lock by itself."""
-    path = folder / LOCK_FILE
+def own(folder: Path, *, wait: bool) -> Iterator[Claim]:
+    """Claim a run's folder, waiting for another process to leave it only where that is asked."""
     told = False
-    while True:
-        try:
-            file = path.open("a+")
-        except OSError as error:
-            raise explain_unwritable(folder, error) from error
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            owner = file.read().strip() or "unknown"
-            file.close()
-            if not wait:
-                raise UsageError(
-                    f"process {owner} is at work in {folder}: wait for it, or choose another --output_dir"
-                ) from None
-            if not told:
-                print(f"waiting for process {owner}, which is at work in {folder}", file=sys.stderr, flush=True)
-                told = True
-            time.sleep(0.2)
-            continue
-        # The last owner may have removed the file between our opening and our locking it.
-        with suppress(FileNotFoundError):
-            if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+    with ExitStack() as stack:
+        while True:
+            try:
+                claim = stack.enter_context(locks.claim(folder))
                 break
-        file.close()
-    with file:
-        try:
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
-            yield
-        finally:
-            with suppress(OSError):
-                path.unlink()
+            except locks.Claimed as error:
+                if not wait:
+                    raise
+                if not told:
+                    print(f"waiting for {error.owner}, which is at work in {folder}", file=sys.stderr, flush=True)
+                    told = True
+                if stopping.is_requested():
+                    raise stopping.Stopped(f"stopped while waiting for {error.owner} in {folder}") from None
+                time.sleep(0.2)
+            except OSError as error:
+                raise explain_unwritable(folder, error) from error
+        yield claim
 
 
 def explain_unwritable(folder: Path, error: OSError) -> Exception:
@@ -84,7 +64,7 @@ def read_unfinished(args: TrainArgs, folder: Path) -> dict[str, Any] | None:
         UsageError: The folder holds a run with other arguments, or one that cannot be gone on with.
     """
     records, saved = folder / RECORDS_FILE, folder / RESUME_FILE
-    if (folder / "done").is_file():
+    if (folder / DONE_FILE).is_file():
         saved.unlink(missing_ok=True)
         first = _read_first_line(records)
         if first is not None:
@@ -100,6 +80,13 @@ def read_unfinished(args: TrainArgs, folder: Path) -> dict[str, Any] | None:
             f"--output_dir, or delete it"
         )
     return None
+
+
+def remove_finished_run(folder: Path) -> None:
+    """Forget a finished run, so that it is done again; one that is not finished is left alone."""
+    if (folder / DONE_FILE).is_file():
+        for name in (RECORDS_FILE, "out.txt", "err.txt", DONE_FILE):  # this one last: a kill before it changes nothing
+            (folder / name).unlink(missing_ok=True)
 
 
 def _read_first_line(path: Path) -> dict[str, Any] | None:

@@ -348,7 +348,7 @@ train(TrainArgs(**{tiny.make_flags()!r}), quiet=True, on_step=on_step)
         owner = start()
         threading.Timer(0.3, (tiny.root / "go").touch).start()
         done: list[int] = []
-        train(TrainArgs(**tiny.make_flags()), quiet=True, wait=True, on_step=lambda step, n: done.append(step))
+        train(TrainArgs(**tiny.make_flags()), quiet=True, as_teacher=True, on_step=lambda step, n: done.append(step))
         owner.join()
         assert owner.exitcode == 0
         assert done == []
@@ -360,7 +360,7 @@ train(TrainArgs(**{tiny.make_flags()!r}), quiet=True, on_step=on_step)
         owner = start()
         threading.Timer(0.3, owner.kill).start()
         done: list[int] = []
-        train(TrainArgs(**tiny.make_flags()), quiet=True, wait=True, on_step=lambda step, n: done.append(step))
+        train(TrainArgs(**tiny.make_flags()), quiet=True, as_teacher=True, on_step=lambda step, n: done.append(step))
         assert done == [2, 3, 4, 5, 6]
         assert outcome(tiny.root / "run") == outcome(tiny.train("undisturbed"))
 

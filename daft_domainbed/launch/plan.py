@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import md5
 from pathlib import Path
@@ -21,8 +21,9 @@ from daft_domainbed.arguments import (
 )
 from daft_domainbed.checkpoints import write_text
 from daft_domainbed.errors import UsageError
+from daft_domainbed.locks import is_claimed
 from daft_domainbed.randomness import preserve_states
-from daft_domainbed.run_folder import RECORDS_FILE
+from daft_domainbed.run_folder import RECORDS_FILE, own
 from daft_domainbed.splits import NO_UNLABELLED, build_data, check_sizes
 from daft_domainbed.teacher import plan_teacher
 
@@ -30,9 +31,21 @@ PLAN_FILE = "plan.json"
 SCHEMA = 1
 
 Stage = Literal["erm_teacher", "aft_teacher", "student"]
+STAGES: tuple[Stage, ...] = ("erm_teacher", "aft_teacher", "student")
+
+
+def _merge(old: Iterable[str], new: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys([*old, *new]))
+
 
 # These may grow from one launch of a sweep to the next; with anything else changed it would be another sweep.
-_MAY_GROW = ("datasets", "algorithms", "n_trials", "n_hparams", "n_hparams_from")
+_MAY_GROW: dict[str, Callable[[Any, Any], Any]] = {
+    "datasets": _merge,
+    "algorithms": _merge,
+    "n_trials": max,
+    "n_hparams": max,
+    "n_hparams_from": min,
+}
 # Where a sweep lies and what it runs on do not make it another sweep.
 _INCIDENTAL = ("output_dir", "data_dir", "teachers_dir", "device")
 
@@ -47,6 +60,7 @@ class SweepArgs:
     n_trials: int = 3
     n_hparams: int = 20
     n_hparams_from: int = 0
+    seed: int = 0
     single_test_envs: bool = False
     hparams: str | None = None
     steps: int | None = None
@@ -71,12 +85,14 @@ class Job:
         folder: Its output folder, relative to the sweep's where it lies inside.
         args: Its arguments.
         needs: Folders of the teachers that have to be there before.
+        imports: What adds the user's own algorithms: modules, or paths of scripts.
     """
 
     stage: Stage
     folder: str
     args: TrainArgs
     needs: list[str] = field(default_factory=list)
+    imports: list[str] = field(default_factory=plugin.list_sources)
 
 
 def make_plan(sweep: SweepArgs) -> list[Job]:
@@ -88,6 +104,11 @@ def make_plan(sweep: SweepArgs) -> list[Job]:
     Raises:
         UsageError: An unknown name, or a hyperparameter that no algorithm of the sweep knows.
     """
+    if sweep.n_hparams_from >= sweep.n_hparams:
+        raise UsageError(
+            f"--n_hparams_from {sweep.n_hparams_from} leaves none of the draws, which end before --n_hparams "
+            f"{sweep.n_hparams}: choose a smaller one"
+        )
     host = plugin.find_host(sweep.host)
     plugin.register(host)
     user = hparams.parse_json(sweep.hparams)
@@ -98,7 +119,7 @@ def make_plan(sweep: SweepArgs) -> list[Job]:
         chain = _plan_chain(host, sweep, args)
         for job in reversed(chain):
             jobs.setdefault(job.folder, job)
-    return sorted(jobs.values(), key=lambda job: ("erm_teacher", "aft_teacher", "student").index(job.stage))
+    return sorted(jobs.values(), key=lambda job: STAGES.index(job.stage))
 
 
 def write_plan(sweep: SweepArgs, jobs: list[Job]) -> None:
@@ -107,9 +128,15 @@ def write_plan(sweep: SweepArgs, jobs: list[Job]) -> None:
     Raises:
         UsageError: The folder holds a sweep with other arguments.
     """
-    path = Path(sweep.output_dir) / PLAN_FILE
+    root = Path(sweep.output_dir)
+    root.mkdir(parents=True, exist_ok=True)
+    with own(root, wait=True):  # another launch may be writing it
+        _write_plan(root / PLAN_FILE, sweep, jobs)
+
+
+def _write_plan(path: Path, sweep: SweepArgs, jobs: list[Job]) -> None:
     old = _read_plan(path)
-    if old is not None and not any((path.parent / job["folder"] / RECORDS_FILE).is_file() for job in old["jobs"]):
+    if old is not None and not any(_is_begun(path.parent / job["folder"]) for job in old["jobs"]):
         old = None  # nothing came of it: most likely it was a mistake
     args = asdict(sweep)
     if old is not None:
@@ -119,13 +146,45 @@ def write_plan(sweep: SweepArgs, jobs: list[Job]) -> None:
     content = {
         "schema": SCHEMA,
         "args": {name: value for name, value in args.items() if name not in _INCIDENTAL}
-        | ({name: _merge(old["args"][name], args[name]) for name in ("datasets", "algorithms")} if old else {}),
+        | ({name: merge(old["args"][name], args[name]) for name, merge in _MAY_GROW.items()} if old else {}),
         "environments": (old or {}).get("environments", {}) | environments,
         "jobs": [asdict(job) for job in jobs]
         + [job for job in (old or {}).get("jobs", []) if job["folder"] not in known],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
+
+
+def _is_begun(folder: Path) -> bool:
+    return (folder / RECORDS_FILE).is_file() or is_claimed(folder)
+
+
+def read_sweep_args(root: Path) -> dict[str, Any]:
+    """Return the arguments that a stored sweep was planned with, without what does not make it another sweep.
+
+    Raises:
+        UsageError: The folder has no plan, or one that cannot be read.
+    """
+    args: dict[str, Any] = _read_stored(root)["args"]
+    return args
+
+
+def read_jobs(root: Path) -> list[Job]:
+    """Return the jobs of a stored plan, teachers before those that need them.
+
+    Raises:
+        UsageError: The folder has no plan, or one that cannot be read.
+    """
+    try:
+        return [Job(**job | {"args": TrainArgs(**job["args"])}) for job in _read_stored(root)["jobs"]]
+    except TypeError as error:
+        raise UsageError(f"{root / PLAN_FILE} is of another version ({error}): launch the sweep again") from error
+
+
+def _read_stored(root: Path) -> dict[str, Any]:
+    plan = _read_plan(root / PLAN_FILE)
+    if plan is None:
+        raise UsageError(f"{root} holds no sweep: it has no {PLAN_FILE}; 'daft-domainbed sweep launch' writes it")
+    return plan
 
 
 def _read_plan(path: Path) -> dict[str, Any] | None:
@@ -149,10 +208,6 @@ def _check_growth(old: dict[str, Any], new: dict[str, Any], folder: Path) -> Non
         raise UsageError(
             f"{folder} holds a sweep with other arguments ({'; '.join(different)}): choose another --output_dir"
         )
-
-
-def _merge(old: Iterable[str], new: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys([*old, *new]))
 
 
 def _check_hparams(host: plugin.Host, sweep: SweepArgs, user: dict[str, Any]) -> None:
@@ -187,6 +242,7 @@ def _check_first_runs(sweep: SweepArgs, students: list[TrainArgs]) -> None:
 
 
 def _list_students(host: plugin.Host, sweep: SweepArgs, user: dict[str, Any]) -> Iterator[TrainArgs]:
+    more_seed = [sweep.seed] if sweep.seed else []
     for trial_seed in range(sweep.n_trials):
         for dataset in sweep.datasets:
             n_envs = len(plugin.get_environments(host, dataset))
@@ -205,7 +261,7 @@ def _list_students(host: plugin.Host, sweep: SweepArgs, user: dict[str, Any]) ->
                             hparams=json.dumps(own, sort_keys=True) if own else None,
                             hparams_seed=hparams_seed,
                             trial_seed=trial_seed,
-                            seed=host.misc.seed_hash(dataset, test_envs, trial_seed),
+                            seed=host.misc.seed_hash(dataset, test_envs, trial_seed, *more_seed),
                             steps=sweep.steps,
                             checkpoint_freq=sweep.checkpoint_freq,
                             test_envs=test_envs,

@@ -11,6 +11,7 @@ Example:
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -61,10 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train as the flags say."""
     args = build_parser().parse_args(argv)
 
+    from daft_domainbed import stopping
     from daft_domainbed.arguments import TrainArgs
     from daft_domainbed.engine import train
 
-    train(TrainArgs(**vars(args)))
+    with stopping.listening(signal.SIGINT, signal.SIGTERM):
+        train(TrainArgs(**vars(args)))
     return 0
 
 

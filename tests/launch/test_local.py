@@ -15,7 +15,9 @@ from typing import Any
 
 import pytest
 
-from daft_domainbed.launch.local import run_jobs
+from daft_domainbed.errors import UsageError
+from daft_domainbed.launch.local import list_gpus, run_local, run_multi_gpu
+from daft_domainbed.launch.options import Options
 from daft_domainbed.launch.plan import Job, SweepArgs, make_plan
 
 TINY = {"batch_size": 8, "backbone": "resnet8_w2", "teacher_backbone": "resnet8_w4"}
@@ -65,7 +67,7 @@ def plan(root: Path, **user: Any) -> list[Job]:
 
 def run(root: Path, jobs: list[Job], n_jobs: int = 2) -> tuple[dict[str, str], Diary]:
     diary = Diary()
-    return run_jobs(root, jobs, n_jobs=n_jobs, threads=1, observer=diary), diary
+    return run_local(root, jobs, Options(n_jobs=n_jobs), diary), diary
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
@@ -132,6 +134,25 @@ def test_numbers_do_not_depend_on_how_many_run_at_a_time(finished: Finished, tmp
     assert diary.most_at_once == 1
     for job in jobs:
         assert read_records(tmp_path / job.folder) == read_records(root / job.folder)
+
+
+def test_one_job_a_gpu_gives_the_same_numbers(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, jobs, _, _ = finished
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")  # nothing looks whether they are there before a job does
+    assert list_gpus() == ["3", "1"]
+    diary = Diary()
+    assert run_multi_gpu(tmp_path, plan(tmp_path), Options(), diary) == {}
+    assert diary.most_at_once == 2
+    for job in jobs:
+        assert read_records(tmp_path / job.folder) == read_records(root / job.folder)
+
+
+def test_multi_gpu_without_a_gpu_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(UsageError, match="no GPU is visible here; use local"):
+        run_multi_gpu(tmp_path, plan(tmp_path), Options(), Diary())
 
 
 def test_what_is_done_is_not_done_again(finished: Finished) -> None:
@@ -255,10 +276,12 @@ def test_killed_job_is_reported_and_goes_on_at_the_next_launch(tmp_path: Path) -
 
     class Killer(Diary):
         def advance(self, job: Job, step: int, n_steps: int) -> None:
-            os.kill(int((folder / ".lock").read_text()), signal.SIGKILL)  # at its first report, after one step
+            os.kill(
+                json.loads((folder / ".lock").read_text())["pid"], signal.SIGKILL
+            )  # at its first report, after one step
 
-    failures = run_jobs(tmp_path, [job], n_jobs=1, threads=1, observer=Killer())
-    assert failures == {job.folder: "its process ended with status -9; the same command goes on where it was"}
+    failures = run_local(tmp_path, [job], Options(n_jobs=1), Killer())
+    assert failures == {job.folder: "its process was ended from outside; the same command goes on where it was"}
     assert not (folder / "failed").exists()
     assert run(tmp_path, [job])[0] == {}
     assert [record["step"] for record in read_records(folder)] == [*range(0, 400, 20), 399]

@@ -26,7 +26,7 @@ def make_argv(root: Path, **user: object) -> list[str]:
 def test_defaults_are_the_main_job() -> None:
     args = build_parser().parse_args([])
     assert (args.dataset, args.algorithms) == ("EmojiStyles", ["ERM", "KD", "DAFT"])
-    assert (args.n_trials, args.n_hparams, args.threads, args.host) == (1, 1, 1, "embedded")
+    assert (args.n_trials, args.n_hparams, args.command_launcher, args.host) == (1, 1, "local", "embedded")
 
 
 def test_every_stage_then_tables_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

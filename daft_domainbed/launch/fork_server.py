@@ -1,0 +1,108 @@
+"""A process that has imported torch once and forks a job's process whenever it is asked to.
+
+Asked over a socket, with the one end of another socket over which the job is described, reports, and is stopped. When
+the launcher dies, however it dies, its sockets close, and everything here ends with it. Nothing of this is in a file.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from importlib import import_module
+from multiprocessing.connection import Connection
+from subprocess import Popen
+
+from daft_domainbed import stopping
+
+_PRELOADED = ("daft_domainbed.launch.work", "daft_domainbed.algorithms", "daft_domainbed.embedded.datasets")
+_SECONDS_BETWEEN_REPORTS = 0.25
+STOP = "stop"
+
+
+class ForkServer:
+    """The launcher's side of it.
+
+    Args:
+        environment: Of the server and of all that it forks.
+    """
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self._socket, theirs = socket.socketpair()
+        command = [sys.executable, "-m", __name__, str(theirs.fileno())]
+        self._process = Popen(command, pass_fds=[theirs.fileno()], env=os.environ | environment)
+        theirs.close()
+
+    def fork(self) -> Connection:
+        """Start a process and return the connection to it, over which it waits for its job."""
+        ours, theirs = socket.socketpair()
+        with suppress(OSError), theirs:  # a dead server shows as the end of the connection
+            socket.send_fds(self._socket, [b"f"], [theirs.fileno()])
+        return Connection(ours.detach())
+
+    def close(self) -> None:
+        """End the server; jobs end when their connections are closed."""
+        self._socket.close()
+        self._process.wait()
+
+
+def _serve(requests: socket.socket) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to everybody; the launcher says what it means
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the jobs' processes here
+    for name in _PRELOADED:
+        import_module(name)
+    while True:
+        try:
+            data, handles, _, _ = socket.recv_fds(requests, 1, 1)
+        except OSError:
+            return
+        if not data:
+            return
+        if os.fork() == 0:
+            requests.close()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            _work(Connection(handles[0]))
+            os._exit(0)
+        os.close(handles[0])
+
+
+def _work(connection: Connection) -> None:
+    from daft_domainbed.launch.work import do_job
+
+    try:
+        root, job, threads, environment = connection.recv()
+    except (EOFError, OSError):
+        return
+    os.environ |= environment
+    sys.stderr = sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - the run's own files have it all
+    last = 0.0
+
+    def report(step: int, n_steps: int) -> None:
+        nonlocal last
+        if time.monotonic() - last > _SECONDS_BETWEEN_REPORTS or step == n_steps:
+            last = time.monotonic()
+            with suppress(OSError):  # the launcher is gone: an interruption, not a failure
+                connection.send((step, n_steps))
+
+    with stopping.listening(signal.SIGTERM):
+        threading.Thread(target=_obey, args=(connection,), daemon=True).start()
+        outcome = do_job(root, job, threads=threads, on_step=report)
+    with suppress(OSError):
+        connection.send(outcome)
+
+
+def _obey(connection: Connection) -> None:
+    """Stop in good order when the launcher says so, and at once when its end of the connection closes."""
+    with suppress(EOFError, OSError):
+        while connection.recv() == STOP:
+            stopping.request()
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    _serve(socket.socket(fileno=int(sys.argv[1])))

@@ -1,0 +1,109 @@
+"""The launchers by name: ours, those of installed packages, and those of the user's DomainBed."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from daft_domainbed import plugin, stopping
+from daft_domainbed.errors import UsageError, suggest
+from daft_domainbed.launch.options import Options
+from daft_domainbed.launch.plan import STAGES, Job
+from daft_domainbed.launch.schedule import Observer
+from daft_domainbed.launch.states import forget_failures, is_done, read_states
+
+ENTRY_POINTS = "daft_domainbed.launchers"
+
+# Runs what is not done of a plan, teachers first. Returns the failures by folder, or None where the jobs were handed
+# over to a queue and nobody has to stay.
+Launcher = Callable[[Path, Sequence[Job], Options, Observer], dict[str, str] | None]
+
+
+def find_launcher(name: str, host: str) -> Launcher:
+    """Return a launcher by name.
+
+    Args:
+        name: One of ours, an entry point of the group `daft_domainbed.launchers`, or a name of DomainBed's REGISTRY.
+        host: DomainBed's are known where it is "upstream".
+
+    Raises:
+        UsageError: There is none of that name; says the nearest.
+    """
+    if name in _OURS:
+        return _OURS[name]()
+    theirs = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+    if name in theirs:
+        return _take_commands(theirs[name].load())
+    upstream = plugin.get_launchers(plugin.find_host(host))
+    if name in upstream:
+        return _take_commands(upstream[name])
+    names = [*_OURS, *theirs, *upstream]
+    raise UsageError(f"no launcher {name!r}.{suggest(name, names)} There are {', '.join(dict.fromkeys(names))}")
+
+
+def make_command(root: Path, job: Job, threads: int) -> str:
+    """Return the shell command that does one job, from where it was, in a process of its own."""
+    program = [sys.executable, "-m", "daft_domainbed.launch.work"]
+    return shlex.join([*program, str(root), job.folder, "--threads", str(threads)])
+
+
+def _take_commands(launch: Callable[[list[str]], Any]) -> Launcher:
+    """Make a launcher of a function in DomainBed's manner, which takes a list of commands: those of a stage at a time.
+
+    It may return before they have ended. A student then finds its teacher in the making, and waits for it.
+    """
+
+    def run(root: Path, jobs: Sequence[Job], options: Options, observer: Observer) -> dict[str, str] | None:
+        forget_failures(root, [job for job in jobs if not is_done(root / job.folder)])
+        for stage in STAGES:
+            open_jobs = [job for job in jobs if job.stage == stage and not is_done(root / job.folder)]
+            if open_jobs:
+                with stopping.raising():
+                    launch([make_command(root, job, options.threads) for job in open_jobs])
+        states = read_states(root, jobs)
+        if all(state.kind in ("done", "failed") for state in states.values()):
+            return {folder: state.reason for folder, state in states.items() if state.kind == "failed"}
+        return None
+
+    return run
+
+
+def _print_commands(commands: list[str]) -> None:
+    print("\n".join(commands))
+
+
+def _get_local() -> Launcher:
+    from daft_domainbed.launch.local import run_local
+
+    return run_local
+
+
+def _get_multi_gpu() -> Launcher:
+    from daft_domainbed.launch.local import run_multi_gpu
+
+    return run_multi_gpu
+
+
+def _get_slurm() -> Launcher:
+    from daft_domainbed.launch.slurm import submit_slurm
+
+    return submit_slurm
+
+
+def _get_ray() -> Launcher:
+    from daft_domainbed.launch.ray import run_ray
+
+    return run_ray
+
+
+_OURS: dict[str, Callable[[], Launcher]] = {
+    "local": _get_local,
+    "multi_gpu": _get_multi_gpu,
+    "slurm": _get_slurm,
+    "ray": _get_ray,
+    "dummy": lambda: _take_commands(_print_commands),
+}
