@@ -24,13 +24,12 @@ from typing import Any, NoReturn, TypeVar
 
 from daft_domainbed import __doc__ as PACKAGE_SUMMARY
 from daft_domainbed import __version__
-from daft_domainbed.errors import RunError, UsageError, suggest
+from daft_domainbed.errors import DISK_FULL, RunError, UsageError, suggest
 from daft_domainbed.stopping import Stopped
 
 PROGRAM = "daft-domainbed"
 SCRIPTS = Path(__file__).parent / "scripts"
 
-DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 BAD_PATH = {
     errno.EACCES,
     errno.EPERM,

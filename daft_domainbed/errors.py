@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
+
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 class UsageError(Exception):

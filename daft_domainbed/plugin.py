@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import json
 import os
 import re
 import runpy
@@ -84,8 +85,9 @@ def register(host: Host) -> None:
     """Add everything of ours to a host; doing so twice is harmless, and `unregister` takes it all back."""
     if host.name in _undo:
         return
-    undo: list[Callable[[], None]] = []
+    undo: list[Callable[[], None]] = [_ask_registry.cache_clear]
     _undo[host.name] = undo
+    _ask_registry.cache_clear()
 
     from daft_domainbed.algorithms import MIXINS
 
@@ -123,6 +125,7 @@ def add_algorithm(name: str, mixin: type, *, like: str = "ERM") -> None:
         like: Whose hyperparameters and teacher it has: ERM (no teacher), KD, DAFT or AFT.
     """
     hparams.add_algorithm(name, like)
+    _ask_registry.cache_clear()
     _added[name] = mixin
     if (source := _find_source(mixin.__module__)) and source not in _sources:
         _sources.append(source)
@@ -275,16 +278,24 @@ def get_input_shape(host: Host, dataset: str) -> tuple[int, ...] | None:
 
 def get_default_hparams(host: Host, algorithm: str, dataset: str, user: Mapping[str, Any]) -> dict[str, Any]:
     """Return all hyperparameters of an algorithm, as plain types, before the user's are applied."""
-    with assuming(user):
-        defaults: dict[str, Any] = to_plain(host.hparams_registry.default_hparams(algorithm, dataset))
-    return defaults
+    return dict(_ask_registry(host, algorithm, dataset, json.dumps(dict(user)), None))
 
 
 def get_random_hparams(host: Host, algorithm: str, dataset: str, user: Mapping[str, Any], seed: int) -> dict[str, Any]:
     """Return one random draw of an algorithm's hyperparameters, as plain types."""
-    with assuming(user):
-        draw: dict[str, Any] = to_plain(host.hparams_registry.random_hparams(algorithm, dataset, seed))
-    return draw
+    return dict(_ask_registry(host, algorithm, dataset, json.dumps(dict(user)), seed))
+
+
+# A sweep asks the same for every held-out domain, and each answer seeds a dozen generators.
+@functools.lru_cache(maxsize=10_000)
+def _ask_registry(host: Host, algorithm: str, dataset: str, user: str, seed: int | None) -> dict[str, Any]:
+    registry = host.hparams_registry
+    with assuming(json.loads(user)):
+        if seed is None:
+            found: dict[str, Any] = to_plain(registry.default_hparams(algorithm, dataset))
+        else:
+            found = to_plain(registry.random_hparams(algorithm, dataset, seed))
+    return found
 
 
 def get_algorithm_class(host: Host, name: str) -> type:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import sys
 import time
@@ -14,7 +13,7 @@ from typing import Any
 
 from daft_domainbed import checkpoints, hparams, locks, provenance, stopping
 from daft_domainbed.arguments import TrainArgs
-from daft_domainbed.errors import UsageError
+from daft_domainbed.errors import DISK_FULL, UsageError
 from daft_domainbed.locks import Claim
 
 RESUME_FILE = "resume.pt"
@@ -52,7 +51,7 @@ def own(folder: Path, *, wait: bool) -> Iterator[Claim]:
 
 def explain_unwritable(folder: Path, error: OSError) -> Exception:
     """Return what to raise where a folder cannot be written: the disk's own error where that is full."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):  # no fault of the folder's
+    if error.errno in DISK_FULL:  # no fault of the folder's
         return error
     return UsageError(f"--output_dir {folder} cannot be written ({error.strerror}): choose another")
 

@@ -128,7 +128,10 @@ def format_disk(root: Path, jobs: Sequence[Job], states: Mapping[str, State]) ->
             expected[kind] = math.nan if weights is None else 8.0 * weights
     used = sum(sizes.values())
     whole = used + sum(
-        max(0.0, expected[name_kind(job)] - sizes[job.folder]) for job in jobs if states[job.folder].kind != "done"
+        # In this order, in which NaN stays what it is.
+        max(expected[name_kind(job)] - sizes[job.folder], 0.0)
+        for job in jobs
+        if states[job.folder].kind != "done"
     )
     text = f"disk: {format_bytes(used)} in use"
     if any(state.kind != "done" for state in states.values()) and not math.isnan(whole):
@@ -148,7 +151,7 @@ def _count_weights(job: Job) -> int | None:
             model = build(shape, _ANY_NUMBER_OF_CLASSES, 1, wanted)
     except Exception:  # an estimate is not worth a failure
         return None
-    return sum(weight.numel() for weight in model.state_dict().values())
+    return sum(weight.numel() for weight in (*model.parameters(), *model.buffers()))  # each once, unlike state_dict()
 
 
 def measure_folder(folder: Path) -> int:

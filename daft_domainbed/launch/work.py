@@ -20,7 +20,7 @@ from daft_domainbed import plugin, stopping
 from daft_domainbed.arguments import TrainArgs
 from daft_domainbed.cli import positive_int
 from daft_domainbed.engine import train
-from daft_domainbed.errors import RunError, UsageError
+from daft_domainbed.errors import DISK_FULL, RunError, UsageError
 from daft_domainbed.launch.plan import Job, read_jobs
 from daft_domainbed.launch.states import FAILED_FILE, is_done, read_failure
 from daft_domainbed.locks import Claimed, TakenOver
@@ -64,7 +64,8 @@ def do_job(root: Path, job: Job, *, threads: int, on_step: Callable[[int, int], 
     except stopping.Stopped as stopped:
         return Outcome("stopped", str(stopped))
     except (UsageError, RunError, OSError) as error:
-        return _fail(folder, str(error))
+        is_full = isinstance(error, OSError) and error.errno in DISK_FULL
+        return _fail(folder, "the disk is full: free some space and launch again" if is_full else str(error))
     except Exception as error:
         with suppress(OSError), (folder / "err.txt").open("a") as file:
             traceback.print_exc(file=file)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 import signal
 import sys
 from collections.abc import Sequence
@@ -114,7 +115,7 @@ def read_config(path: Path, command: str) -> dict[str, Any]:
         if name == "hparams" and isinstance(value, dict):
             value = json.dumps(value, default=str)
         if isinstance(value, dict):
-            value = [f"{key}={item}" for key, item in value.items()]
+            value = [f"{key}={item}" for key, item in value.items() if item is not False and item is not None]
         if value is False or value is None:
             continue
         items = [] if value is True else value if isinstance(value, list) else [value]
@@ -228,9 +229,12 @@ def show_status(root: Path) -> None:
     Raises:
         UsageError: The folder holds no sweep.
     """
+    from daft_domainbed.launch import slurm
     from daft_domainbed.launch.plan import read_jobs
 
     _print_summary(root, read_jobs(root))
+    if (root / slurm.FOLDER).is_dir() and shutil.which("squeue"):
+        print(f"in Slurm's queue: {len(slurm.list_queued(root))} jobs, waiting or running")
 
 
 def delete_incomplete(root: Path, *, ask: bool) -> None:
@@ -239,8 +243,6 @@ def delete_incomplete(root: Path, *, ask: bool) -> None:
     Raises:
         UsageError: The folder holds no sweep.
     """
-    import shutil
-
     from daft_domainbed import locks
     from daft_domainbed.launch.plan import read_jobs
     from daft_domainbed.launch.states import read_states
@@ -282,6 +284,7 @@ def _confirm(question: str) -> None:
     try:
         answer = input()
     except EOFError:
+        print(file=sys.stderr)
         raise UsageError("nobody is there to answer: add --skip_confirmation") from None
     if answer.strip().lower() not in ("y", "yes"):
         raise UsageError("nothing was done, as you wished")

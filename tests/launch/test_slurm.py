@@ -1,0 +1,525 @@
+"""Sweeps on a real Slurm of one node, and on a faked one for what a real one cannot show quickly."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from daft_domainbed import locks, stopping
+from daft_domainbed.cli import run_command
+from daft_domainbed.errors import RunError, UsageError
+from daft_domainbed.launch import slurm as launcher
+from daft_domainbed.launch import work
+from daft_domainbed.launch.local import run_local
+from daft_domainbed.launch.options import Options
+from daft_domainbed.launch.plan import Job, SweepArgs, make_plan
+from daft_domainbed.launch.slurm import Element, list_queued, submit_slurm
+from daft_domainbed.launch.states import read_failure
+from daft_domainbed.launch.work import do_job
+from tests.services import Slurm, find_missing, wait_until
+
+pytest.importorskip("submitit", reason="submitit is not installed: tools/install_services.sh brings it")
+
+MISSING = find_missing()
+REPOSITORY = Path(__file__).parents[2]
+TINY = {"batch_size": 8, "backbone": "resnet8_w2"}
+
+Outcome = Callable[[Path], dict[str, str]]
+
+
+class Silence:
+    """An observer that is told everything and does nothing."""
+
+    def start(self, job: Job) -> None: ...
+    def advance(self, job: Job, step: int, n_steps: int) -> None: ...
+    def end(self, job: Job, failure: str | None, seconds: float) -> None: ...
+
+
+def plan(root: Path, *algorithms: str, n_trials: int = 1, steps: int = 6, **user: Any) -> list[Job]:
+    """All stages of some algorithms on Debug28, with each of its three domains held out."""
+    teachers = {"teacher_backbone": "resnet8_w4"} if algorithms != ("ERM",) else {}
+    sweep = SweepArgs(
+        datasets=["Debug28"],
+        algorithms=list(algorithms),
+        output_dir=str(root),
+        n_trials=n_trials,
+        n_hparams=1,
+        single_test_envs=True,
+        steps=steps,
+        checkpoint_freq=steps // 3,
+        hparams=json.dumps(TINY | teachers | user),
+        device="cpu",
+    )
+    return make_plan(sweep)
+
+
+def submit(root: Path, jobs: list[Job], slurm: dict[str, str] | None = None, size: int = 100) -> dict[str, str] | None:
+    return submit_slurm(root, jobs, Options(slurm=slurm or {}, max_array_size=size), Silence())
+
+
+def run_here(root: Path, jobs: list[Job]) -> None:
+    assert run_local(root, jobs, Options(n_jobs=2), Silence()) == {}
+
+
+def read_logs(root: Path) -> str:
+    return "\n".join(path.read_text() for path in sorted((root / "slurm").glob("*_log.*")))
+
+
+# --- a real cluster --------------------------------------------------------------------------------------------------
+
+STEPS = 600
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Slurm]:
+    if MISSING:
+        pytest.skip(f"Slurm is not installed (no {', '.join(MISSING)}): tools/install_services.sh brings it")
+    with Slurm() as cluster:
+        monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+        for name, value in cluster.environment.items():
+            monkeypatch.setenv(name, value)
+        yield cluster
+    assert not cluster.list_processes()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sweep of one job, run without Slurm."""
+    root = tmp_path_factory.mktemp("undisturbed")
+    run_here(root, plan(root, "ERM", steps=STEPS)[:1])
+    return root
+
+
+@pytest.mark.slow
+def test_same_runs_as_local_and_nothing_is_submitted_twice(
+    cluster: Slurm, tmp_path: Path, outcome: Outcome, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def choose(root: Path) -> list[Job]:
+        jobs = plan(root, "ERM", "KD", "DAFT")
+        plain = [job for job in jobs if job.args.algorithm == "ERM" and job.stage == "student"]
+        return [job for job in jobs if job.args.test_envs == [0] or job in plain[:2]]
+
+    root, local = tmp_path / "slurm", tmp_path / "local"
+    jobs = choose(root)
+    assert submit(root, jobs) is None
+    queued = list_queued(root)
+    assert set(queued) == {job.folder for job in jobs}
+    assert any("_" in name for name in queued.values())  # an element of an array
+    capfd.readouterr()
+    assert submit(root, jobs) is None
+    assert "jobs are in Slurm's queue already" in capfd.readouterr().err
+    assert list_queued(root).items() <= queued.items()
+    cluster.wait_until_empty()
+
+    run_here(local, choose(local))
+    for job in jobs:
+        assert outcome(root / job.folder) == outcome(local / job.folder)
+    assert submit(root, jobs) == {}
+    # Each was started once, and neither locks nor what a submission writes on its way are left.
+    assert read_logs(root).count("Starting with JobEnvironment") == len(jobs)
+    assert not list(root.rglob(".*"))
+
+
+def hold(folder: Path) -> int:
+    """Hold a job still once it has begun, so that it cannot end before what is to happen to it; return its process."""
+    wait_until((folder / "results.jsonl").is_file, "the job has begun")
+    pid = int(json.loads((folder / ".lock").read_text())["pid"])
+    os.kill(pid, signal.SIGSTOP)
+    return pid
+
+
+def time_out(cluster: Slurm, job_id: str, pid: int) -> None:
+    """The signal that Slurm sends before a job's time is up."""
+    cluster.call("scancel", "--signal=USR2", job_id)
+    os.kill(pid, signal.SIGCONT)
+
+
+def preempt(cluster: Slurm, job_id: str, pid: int) -> None:
+    """Slurm wakes the job itself, to tell it."""
+    cluster.submit("sleep 1", "--partition=high", "--cpus-per-task=2")
+
+
+def lose_node(cluster: Slurm, job_id: str, pid: int) -> None:
+    cluster.crash_node()
+    cluster.start_node()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("disturb", [time_out, preempt, lose_node])
+def test_requeued_job_goes_on_and_its_numbers_show_nothing_of_it(
+    cluster: Slurm, undisturbed: Path, tmp_path: Path, outcome: Outcome, disturb: Callable[[Slurm, str, int], None]
+) -> None:
+    jobs = plan(tmp_path, "ERM", steps=STEPS)[:1]
+    folder = tmp_path / jobs[0].folder
+    assert submit(tmp_path, jobs, {"partition": "low"}) is None
+    pid = hold(folder)
+    disturb(cluster, list_queued(tmp_path)[jobs[0].folder], pid)
+    cluster.wait_until_empty()
+    assert read_logs(tmp_path).count("Starting with JobEnvironment") == 2
+    assert "going on at step" in (folder / "err.txt").read_text()
+    expected = outcome(undisturbed / jobs[0].folder)
+    assert outcome(folder) == expected | {"err.txt": "there"}
+
+
+@pytest.mark.slow
+def test_job_outlives_the_daemon_of_its_node(
+    cluster: Slurm, undisturbed: Path, tmp_path: Path, outcome: Outcome
+) -> None:
+    jobs = plan(tmp_path, "ERM", steps=STEPS)[:1]
+    folder = tmp_path / jobs[0].folder
+    assert submit(tmp_path, jobs) is None
+    pid = hold(folder)
+    cluster.kill_node_daemon()
+    cluster.start_node()
+    os.kill(pid, signal.SIGCONT)
+    cluster.wait_until_empty()
+    assert read_logs(tmp_path).count("Starting with JobEnvironment") == 1
+    assert outcome(folder) == outcome(undisturbed / jobs[0].folder)
+
+
+@pytest.mark.slow
+def test_cancelled_job_saves_and_is_not_requeued_until_the_next_launch(
+    cluster: Slurm, undisturbed: Path, tmp_path: Path, outcome: Outcome
+) -> None:
+    jobs = plan(tmp_path, "ERM", steps=STEPS)[:1]
+    folder = tmp_path / jobs[0].folder
+    assert submit(tmp_path, jobs) is None
+    hold(folder)
+    cluster.call("scancel", list_queued(tmp_path)[jobs[0].folder])  # which wakes it
+    cluster.wait_until_empty()
+    assert f"{jobs[0].folder}: stopped." in read_logs(tmp_path)
+    assert not (folder / "done").exists()
+    assert not (folder / ".lock").exists()
+    assert submit(tmp_path, jobs) is None
+    cluster.wait_until_empty()
+    assert outcome(folder) == outcome(undisturbed / jobs[0].folder) | {"err.txt": "there"}
+
+
+@pytest.mark.slow
+def test_failed_teacher_marks_its_student(cluster: Slurm, tmp_path: Path) -> None:
+    jobs = plan(tmp_path, "KD", teacher_weights=str(tmp_path / "nowhere.pt"))
+    teacher, student = (next(job for job in jobs if job.stage == stage) for stage in ("erm_teacher", "student"))
+    assert student.needs == [teacher.folder]
+    assert submit(tmp_path, [teacher, student]) is None
+    cluster.wait_until_empty()
+    assert "nowhere.pt" in read_failure(tmp_path / teacher.folder)
+    assert read_failure(tmp_path / student.folder) == f"its teacher {teacher.folder} failed"
+    assert read_logs(tmp_path).count("Exited with exit code 1") == 2  # as Slurm's own tools show it, too
+    assert submit(tmp_path, [teacher, student]) is None
+    assert not (tmp_path / teacher.folder / "failed").exists()  # tried again
+
+
+# --- a faked scheduler -----------------------------------------------------------------------------------------------
+
+FAKE = """#!{python} -ES
+import json, os, pathlib, re, sys
+here = pathlib.Path(__file__).parent
+name, arguments = pathlib.Path(__file__).name, sys.argv[1:]
+with (here / "calls").open("a") as file:
+    file.write(json.dumps([name, *arguments]) + "\\n")
+if name == "sbatch" and arguments == ["--help"]:
+    print("  -A, --account=name          charge job\\n      --reservation=name      allocate\\n      --reboot   reboot")
+elif name == "sbatch":
+    number = len(list(here.glob("*.sh"))) + 1
+    if (here / "refusal").exists() and number > 1:
+        sys.exit((here / "refusal").read_text())
+    script = pathlib.Path(arguments[0]).read_text()
+    (here / f"{{number}}.sh").write_text(script)
+    (here / "environment").write_text(json.dumps(dict(os.environ)))
+    array = re.search("--array=0-([0-9]+)", script)
+    elements = [f"{{number}}_{{i}}" for i in range(int(array[1]) + 1)] if array else [str(number)]
+    with (here / "queue").open("a") as file:
+        file.writelines(f"{{element}}\\n" for element in elements)
+    print(f"Submitted batch job {{number}}")
+elif name == "squeue":
+    if (here / "outage").exists():
+        sys.exit("slurm_load_jobs error: Unable to contact slurm controller")
+    print((here / ("state" if "--format=%T" in arguments else "queue")).read_text())
+"""
+
+
+@dataclass
+class Fake:
+    """A scheduler that takes every job and runs none.
+
+    Attributes:
+        folder: Its scripts, what they were called with (`calls`), the `queue`; a file `refusal` has sbatch refuse all
+            but the first, `outage` has squeue fail.
+    """
+
+    folder: Path
+
+    def read_scripts(self) -> list[dict[str, str]]:
+        """Return the options of each array that was submitted."""
+        paths = sorted(self.folder.glob("*.sh"), key=lambda path: int(path.stem))
+        return [dict(re.findall("(?m)^#SBATCH --([a-z-]+)(?:=(.*))?$", path.read_text())) for path in paths]
+
+    def read_calls(self) -> list[list[str]]:
+        return [json.loads(line) for line in (self.folder / "calls").read_text().splitlines()]
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in ("sbatch", "squeue", "srun", "scontrol"):
+        (folder / name).write_text(FAKE.format(python=sys.executable))
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return Fake(folder)
+
+
+def test_stages_are_arrays_that_wait_for_what_they_need(fake: Fake, tmp_path: Path) -> None:
+    jobs = plan(tmp_path / "sweep", "ERM", "KD", n_trials=3)
+    assert submit(tmp_path / "sweep", jobs, size=4) is None
+    scripts = fake.read_scripts()
+    arrays = [(script["job-name"], script.get("array"), script.get("dependency")) for script in scripts]
+    assert arrays == [
+        ("daft-erm_teacher", "0-3%4", None),
+        ("daft-erm_teacher", "0-3%4", None),
+        ("daft-erm_teacher", None, None),
+        # Plain ERM needs no teacher.
+        ("daft-student", "0-3%4", None),
+        ("daft-student", "0-3%4", None),
+        ("daft-student", None, None),
+        # KD waits only for the array that its own teachers are in.
+        ("daft-student", "0-3%4", "afterany:1"),
+        ("daft-student", "0-3%4", "afterany:2"),
+        ("daft-student", None, "afterany:3"),
+    ]
+    submissions = json.loads((tmp_path / "sweep/slurm/jobs.json").read_text())["submissions"]
+    places = {folder: entry["job_id"] for entry in submissions for folder in entry["folders"]}
+    assert set(places) == {job.folder for job in jobs}
+    for job in jobs:
+        for need in job.needs:
+            assert scripts[int(places[job.folder]) - 1]["dependency"] == f"afterany:{places[need]}"
+
+
+def test_only_what_has_left_the_queue_is_submitted_again(fake: Fake, tmp_path: Path) -> None:
+    jobs = plan(tmp_path / "sweep", "KD")
+    assert submit(tmp_path / "sweep", jobs) is None
+    teachers = [job for job in jobs if job.stage == "erm_teacher"]
+    students = {job.needs[0]: job for job in jobs if job.stage == "student"}
+    (fake.folder / "queue").write_text("1_0\n1_2\n9_0\n")
+    assert list_queued(tmp_path / "sweep") == {teachers[0].folder: "1_0", teachers[2].folder: "1_2"}
+    assert submit(tmp_path / "sweep", jobs) is None
+    submissions = json.loads((tmp_path / "sweep/slurm/jobs.json").read_text())["submissions"]
+    assert [entry["folders"] for entry in submissions[2:]] == [
+        [teachers[1].folder],
+        [students[teachers[0].folder].folder, students[teachers[2].folder].folder],
+        [students[teachers[1].folder].folder],
+    ]
+    assert [script.get("dependency") for script in fake.read_scripts()[2:]] == [None, "afterany:1", "afterany:3"]
+
+
+def test_silent_squeue_is_not_taken_for_an_empty_queue(fake: Fake, tmp_path: Path) -> None:
+    jobs = plan(tmp_path / "sweep", "ERM")
+    assert submit(tmp_path / "sweep", jobs) is None
+    (fake.folder / "outage").touch()
+    with pytest.raises(RunError, match="squeue cannot say what is in the queue: .*Unable to contact slurm controller"):
+        submit(tmp_path / "sweep", jobs)
+    assert len(fake.read_scripts()) == 1
+
+
+@pytest.mark.slow
+def test_two_launches_at_once_submit_each_job_once(fake: Fake, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "daft_domainbed.scripts.sweep", "launch", "--command_launcher", "slurm"]
+    command += ["--datasets", "Debug28", "--algorithms", "ERM", "KD", "--n_trials", "3", "--n_hparams", "1"]
+    command += ["--single_test_envs", "--max_array_size", "2", "--skip_confirmation"]
+    command += ["--output_dir", str(tmp_path / "sweep"), "--hparams", json.dumps(TINY)]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    launches = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    errors = [launch.communicate(timeout=300)[1] for launch in launches]
+    assert [launch.returncode for launch in launches] == [0, 0], errors
+    submissions = json.loads((tmp_path / "sweep/slurm/jobs.json").read_text())["submissions"]
+    folders = [folder for entry in submissions for folder in entry["folders"]]
+    assert len(folders) == len(set(folders)) == 27
+    assert "27 jobs are in Slurm's queue already" in "".join(errors)
+
+
+def test_options_reach_sbatch(fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = plan(tmp_path / "sweep", "ERM")[:2]
+    slurm = {"partition": "gpu", "--mem": "16G", "slurm_account": "me", "time": "1-06:30", "setup": "module load cuda"}
+    options = Options(threads=4, n_jobs=1, slurm=slurm | {"reservation": "night", "reboot": "true"})
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_MEM_PER_CPU", "1")
+    assert submit_slurm(tmp_path / "sweep", jobs, options, Silence()) is None
+    (script,) = fake.read_scripts()
+    expected = {"partition": "gpu", "mem": "16G", "account": "me", "time": "1830", "reservation": "night", "reboot": ""}
+    expected |= {"cpus-per-task": "4", "array": "0-1%1", "signal": "USR2@300", "requeue": ""}
+    assert script.items() >= expected.items()
+    assert "gpus-per-node" not in script
+    text = (fake.folder / "1.sh").read_text()
+    assert "\nexport OMP_NUM_THREADS=4\nmodule load cuda\n" in text
+    assert "--cpus-per-task=4 " in text.partition("\nsrun ")[2]
+    # What the job around this process was given is not the new one's.
+    there = json.loads((fake.folder / "environment").read_text())
+    assert not {"SLURM_JOB_ID", "SLURM_MEM_PER_CPU"} & set(there)
+    assert os.environ["SLURM_MEM_PER_CPU"] == "1"
+
+
+@pytest.mark.parametrize(("slurm", "asked"), [({}, "gpus-per-node=1"), ({"gres": "gpu:a100:1"}, "gres=gpu:a100:1")])
+def test_a_gpu_is_asked_for_where_the_sweep_says_cuda(
+    fake: Fake, tmp_path: Path, slurm: dict[str, str], asked: str
+) -> None:
+    (job, *_) = plan(tmp_path / "sweep", "ERM")
+    assert submit(tmp_path / "sweep", [replace(job, args=replace(job.args, device="cuda"))], slurm) is None
+    (script,) = fake.read_scripts()
+    assert [f"{key}={value}" for key, value in script.items() if key in ("gres", "gpus-per-node")] == [asked]
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("partiton=gpu", "neither sbatch nor submitit has such an option. Did you mean 'partition'?"),
+        ("acount=me", "Did you mean 'account'?"),
+        ("array=0-3", "that is set by the launcher itself"),
+        ("open-mode=append", "that is set by the launcher itself"),
+        ("time=tomorrow", "write minutes, hours:minutes:seconds or days-hours:minutes:seconds"),
+        ("time=0", "has to be a minute or more"),
+        ("cpus_per_task=two", "has to be a whole number from 1 on"),
+        ("mem=", "the value is missing"),
+    ],
+)
+def test_bad_option_is_refused(fake: Fake, tmp_path: Path, option: str, message: str) -> None:
+    key, _, value = option.partition("=")
+    with pytest.raises(UsageError) as caught:
+        submit(tmp_path / "sweep", plan(tmp_path / "sweep", "ERM"), {key: value})
+    assert message in str(caught.value)
+    assert str(caught.value).startswith(f"--slurm {key.replace('-', '_')}=")
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_sbatch_s_refusal_is_passed_on_in_one_line(
+    fake: Fake, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (fake.folder / "refusal").write_text(
+        "sbatch: error: QOSMaxSubmitJobPerUserLimit\nsbatch: error: Batch job submission failed: Job violates policy"
+    )
+    argv = ["launch", "--command_launcher", "slurm", "--datasets", "Debug28", "--algorithms", "KD", "--n_trials", "1"]
+    argv += ["--n_hparams", "1", "--single_test_envs", "--skip_confirmation", "--hparams", json.dumps(TINY)]
+    assert run_command("sweep", [*argv, "--output_dir", str(tmp_path / "sweep")]) == 1
+    errors = capfd.readouterr().err.splitlines()
+    assert errors[-2] == "submitted 3 ERM teachers as Slurm job 1"
+    assert errors[-1].endswith(
+        "Slurm refuses 3 students: QOSMaxSubmitJobPerUserLimit Batch job submission failed: Job violates policy"
+    )
+    # What it took is remembered, what it refused leaves nothing behind.
+    assert len(list_queued(tmp_path / "sweep")) == 3
+    assert len(list((tmp_path / "sweep/slurm").iterdir())) == 3 + 1 + 1
+
+
+def test_where_slurm_or_submitit_is_missing_says_what_to_do(
+    fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = plan(tmp_path / "sweep", "ERM")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "submitit", None)
+        with pytest.raises(UsageError, match=r"pip install 'daft-domainbed\[slurm\]'"):
+            submit(tmp_path / "sweep", jobs)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UsageError, match="there is no sbatch here; launch where Slurm's commands are"):
+        submit(tmp_path / "sweep", jobs)
+
+
+@pytest.fixture
+def element(fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Element]:
+    """A job as in an array of Slurm's, for this process to do; signal handlers are put back."""
+    (job, *_) = plan(tmp_path / "sweep", "ERM")
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    numbers = (signal.SIGTERM, signal.SIGUSR2)
+    before = [signal.getsignal(number) for number in numbers]
+    with stopping.listening():
+        yield Element(tmp_path / "sweep", job, 1)
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
+@pytest.mark.parametrize(("state", "is_requeued"), [("RUNNING", True), ("COMPLETING", False), ("", False)])
+def test_stopped_job_is_requeued_while_slurm_counts_it_as_running(
+    fake: Fake, element: Element, monkeypatch: pytest.MonkeyPatch, number: int, state: str, is_requeued: bool
+) -> None:
+    class Requeued(Exception):
+        pass
+
+    def requeue(*args: object) -> None:
+        raise Requeued
+
+    def warn(job: Job, **kwargs: object) -> Any:
+        for _ in range(3):  # as often as Slurm likes
+            signal.raise_signal(number)
+        return do_job(element.root, job, threads=1)
+
+    signal.signal(signal.SIGUSR2, requeue)  # in submitit's place
+    monkeypatch.setattr(work, "do_job", lambda root, job, **kwargs: warn(job))
+    (fake.folder / "state").write_text(state)
+    with pytest.raises(Requeued if is_requeued else SystemExit) as caught:
+        element()
+    assert is_requeued or caught.value.args == (128 + signal.SIGTERM,)
+    folder = element.root / element.job.folder
+    assert (folder / "resume.pt").is_file()
+    assert not (folder / "done").exists()
+
+
+@pytest.mark.slow
+def test_job_that_never_gets_anywhere_is_given_up(fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "_MOST_TIMEOUTS", 0)
+    jobs = plan(tmp_path / "sweep", "ERM", steps=STEPS)[:1]
+    assert submit(tmp_path / "sweep", jobs, {"time": "1"}) is None
+    (fake.folder / "state").write_text("RUNNING")
+    environment = {"SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": "1", "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-m", "submitit.core._submit", str(tmp_path / "sweep/slurm")]
+    job = subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True)
+    try:
+        records = tmp_path / "sweep" / jobs[0].folder / "results.jsonl"
+        wait_until(lambda: records.is_file() or job.poll() is not None, "the job has begun")
+        job.send_signal(signal.SIGUSR2)  # its minute is nearly over
+        output, _ = job.communicate(timeout=120)
+    finally:
+        job.kill()
+    assert job.returncode == 1, output
+    assert "Job not requeued because: timed-out too many times." in output
+    assert not any(call[0] == "scontrol" for call in fake.read_calls())
+
+
+def test_requeued_job_waits_until_its_predecessor_is_known_to_be_dead(
+    element: Element, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = element.root / element.job.folder
+    folder.mkdir(parents=True)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with ExitStack() as predecessor:
+        predecessor.enter_context(locks.claim(folder))
+        looks: list[float] = []
+
+        def sleep(seconds: float) -> None:
+            looks.append(seconds)
+            if len(looks) == 50:
+                predecessor.close()
+
+        monkeypatch.setattr(time, "sleep", sleep)
+        element()
+    assert (folder / "done").is_file()
+
+
+def test_job_that_another_process_is_at_is_left_to_it(element: Element, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = element.root / element.job.folder
+    folder.mkdir(parents=True)
+    with locks.claim(folder):
+        element()
+    assert "busy" in capsys.readouterr().out
+    assert not (folder / "results.jsonl").exists()
