@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.data import ConcatDataset
 
 from daft_domainbed.attacks import InputSpec
 
@@ -169,8 +171,8 @@ def compare(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
 def fingerprint(split: Split) -> str:
     """Return a SHA-256 of a split, in its order.
 
-    Tensors count with the bytes that the data set serves, folders with file names, sizes and classes, anything else
-    with the indices and the length of the data set they point into.
+    Tensors count with the bytes that the data set serves, files with names, sizes and classes, anything else with the
+    indices and the length of the data set they point into.
     """
     data, keys = split.underlying_dataset, [int(key) for key in split.keys]
     digest = hashlib.sha256()
@@ -182,11 +184,24 @@ def fingerprint(split: Split) -> str:
             digest.update(images.contiguous().numpy().tobytes())
             all_labels += labels.tolist()
         digest.update(torch.tensor(all_labels, dtype=torch.int64).numpy().tobytes())
-    elif hasattr(data, "samples"):
-        root = Path(data.root)
-        for key in keys:
-            path, label = data.samples[key]
-            digest.update(f"{Path(path).relative_to(root).as_posix()} {Path(path).stat().st_size} {label}\n".encode())
     else:
-        digest.update(f"{type(data).__name__} {len(data)} {keys}".encode())
+        for key in keys:
+            digest.update(f"{_identify(data, key)}\n".encode())
     return digest.hexdigest()
+
+
+def _identify(data: Any, key: int) -> str:
+    """Say which sample a key stands for, without reading it."""
+    if hasattr(data, "samples"):
+        path, label = data.samples[key]
+        return f"{Path(path).relative_to(Path(data.root)).as_posix()} {Path(path).stat().st_size} {label}"
+    if isinstance(data, ConcatDataset):  # Spawrious' domains, put together from folders
+        part = bisect_right(data.cumulative_sizes, key)
+        return _identify(data.datasets[part], key - [0, *data.cumulative_sizes][part])
+    if hasattr(data, "image_paths"):  # one such folder, in whatever order the disk lists it
+        path = Path(data.image_paths[key])
+        return f"{'/'.join(path.parts[-4:])} {path.stat().st_size} {data.class_index}"
+    if hasattr(data, "indices") and hasattr(data, "dataset"):  # WILDS' domains
+        return _identify(data.dataset, int(data.indices[key]))
+    label = f" {int(data.y_array[key])}" if hasattr(data, "y_array") else ""
+    return f"{type(data).__name__} {len(data)} {key}{label}"

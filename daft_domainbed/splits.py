@@ -28,8 +28,21 @@ class Data:
 
 
 def build_data(host: plugin.Host, request: Request, hparams: Mapping[str, Any], dataset_class: Any) -> Data:
-    """Build a data set and split every environment."""
-    return split_environments(host, request, dataset_class(request.data_dir, list(request.test_envs), hparams))
+    """Build a data set and split every environment.
+
+    Raises:
+        UsageError: It is read from files, and they are not where they were looked for.
+    """
+    try:
+        dataset = dataset_class(request.data_dir, list(request.test_envs), hparams)
+    except (TypeError, ValueError, FileNotFoundError, RuntimeError) as error:  # upstream's do not look before they read
+        if request.data_dir is None:
+            raise UsageError(f"{request.dataset} is read from files: say where with --data_dir ({error})") from error
+        if isinstance(error, TypeError | ValueError):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(f"{request.dataset} cannot be read from --data_dir {request.data_dir}: {reason}") from error
+    return split_environments(host, request, dataset)
 
 
 def split_environments(host: plugin.Host, request: Request, dataset: Any) -> Data:
