@@ -81,7 +81,7 @@ def prepare(args: TrainArgs) -> Job:
     if not 0 <= args.uda_holdout_fraction < 1:
         raise UsageError(f"--uda_holdout_fraction is {args.uda_holdout_fraction}: it must be at least 0 and below 1")
     device = _find_device(args.device)
-    check_precision(args.precision, device)
+    check_precision(args.precision, device, args.algorithm)
     user = hparams.parse_json(args.hparams)
     resolved = resolve_hparams(host, args, user)
     n_steps = dataset_class.N_STEPS if args.steps is None else args.steps

@@ -81,7 +81,7 @@ def train(
             if saved is None and (folder / DONE_FILE).is_file():
                 return folder
             for leftover in folder.glob(".*.tmp"):  # what a killed owner left half written
-                leftover.unlink()
+                leftover.unlink(missing_ok=True)
             _Run(job, folder, claim, Log(folder, quiet=quiet), on_step).execute(saved)
     finally:
         if is_new:
@@ -124,7 +124,7 @@ class _Run:
             self.algorithm = algorithm_class(dataset.input_shape, dataset.num_classes, n_domains, self.hparams)
         self._say_which_teacher()
         self.algorithm.to(self.device)
-        self.precision = Precision(args.precision, self.device, self.algorithm)
+        self.precision = Precision(args.precision, self.device)
         self._start(saved)
         self._loop()
         self._finish()

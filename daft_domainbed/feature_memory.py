@@ -1,4 +1,4 @@
-"""A frozen backbone's features, kept by image, so that the same image is not encoded twice."""
+"""A frozen backbone's features, kept by image, so that an image that comes again is not encoded again."""
 
 from __future__ import annotations
 
@@ -9,10 +9,15 @@ import torch
 from torch import Tensor
 
 _CHUNK = 16  # images encoded at a time: always as many, so that what was kept before cannot change a rounding
+_SAMPLE = 1024  # numbers of an image, at least, that tell it from most others
+_PATIENCE = 4096  # images without one that came before, after which an image is kept only when it comes again
 
 
 class FeatureMemory:
-    """Features of the images seen so far, the oldest forgotten first.
+    """Features of the images seen so far, those that were asked for longest ago forgotten first.
+
+    Comparing images takes time, and augmented or attacked ones never recur: while none does, each is known by a sample
+    of its numbers only, and no features are kept. On an accelerator encoding is quicker than comparing.
 
     Args:
         max_bytes: Of the features kept.
@@ -20,33 +25,51 @@ class FeatureMemory:
 
     def __init__(self, max_bytes: int = 2**28) -> None:
         self.max_bytes = max_bytes
-        self._kept: dict[bytes, Tensor] = {}
+        self.n_new = 0  # images since the last that had come before
+        # By the digest of an image's sample: the whole image's and its features, or None where it has come once.
+        self._kept: dict[bytes, tuple[bytes, Tensor] | None] = {}
 
     def recall(self, images: Tensor, encode: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return features, [B, D], of images, [B, ...], encoding only those that are new.
+        """Return features, [B, D], of images, [B, ...], encoding only those that are not remembered.
 
         Args:
-            images: Compared bit for bit.
+            images: Compared bit for bit, and with the precision that is active.
             encode: Maps images to features, sample by sample independently (a network in evaluation mode).
         """
-        pixels = images.detach().cpu().contiguous().flatten(1)
-        keys = [blake2b(row.tobytes(), digest_size=16).digest() for row in pixels.numpy()]
-        new = {key: i for i, key in enumerate(keys) if key not in self._kept}
-        found = {key: self._kept[key] for key in keys if key in self._kept}
-        rows = list(new.values())
+        if images.device.type != "cpu":
+            with torch.no_grad():
+                return encode(images)
+        pixels = images.detach().contiguous().flatten(1)
+        precision = str((images.dtype, torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"))).encode()
+        step = max(1, pixels.shape[1] // _SAMPLE)
+        samples = [_digest(row[::step], precision) for row in pixels]
+        has_come = [sample in self._kept for sample in samples]
+        self.n_new = 0 if any(has_come) else self.n_new + len(images)
+        compared = [i for i, came in enumerate(has_come) if came or self.n_new < _PATIENCE]
+        wholes = {i: _digest(pixels[i], precision) for i in compared}
+
+        features: dict[int, Tensor] = {}
+        for i, whole in wholes.items():
+            kept = self._kept.get(samples[i])
+            if kept is not None and kept[0] == whole:
+                features[i] = kept[1]
+        rows = [i for i in range(len(images)) if i not in features]
         with torch.no_grad():
             for start in range(0, len(rows), _CHUNK):
                 chunk = rows[start : start + _CHUNK]
                 padded = chunk + [chunk[0]] * (_CHUNK - len(chunk))
-                features = encode(images[padded]).cpu()
-                found |= {keys[row]: features[i].clone() for i, row in enumerate(chunk)}
-        self._keep({key: found[key] for key in new})
-        return torch.stack([found[key] for key in keys]).to(images.device)
+                is_run = padded == [*range(chunk[0], chunk[0] + _CHUNK)]  # which needs no copy
+                features |= zip(chunk, encode(images[chunk[0] :][:_CHUNK] if is_run else images[padded]), strict=False)
+        for i, sample in enumerate(samples):
+            self._kept.pop(sample, None)  # the latest come last
+            self._kept[sample] = (wholes[i], features[i].clone()) if i in wholes else None
+        self._forget(features[0].nbytes if features else 1)
+        return torch.stack([features[i] for i in range(len(images))])
 
-    def _keep(self, new: dict[bytes, Tensor]) -> None:
-        self._kept |= new
-        if not self._kept:
-            return
-        size = next(iter(self._kept.values())).nbytes
-        for key in list(self._kept)[: max(0, len(self._kept) - self.max_bytes // size)]:
-            del self._kept[key]
+    def _forget(self, size: int) -> None:
+        for sample in list(self._kept)[: max(0, len(self._kept) - self.max_bytes // size)]:
+            del self._kept[sample]
+
+
+def _digest(numbers: Tensor, precision: bytes) -> bytes:
+    return blake2b(numbers.contiguous().view(torch.uint8).numpy().data, digest_size=16, key=precision).digest()

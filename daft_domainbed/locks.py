@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import platform
+import random
 import threading
 import time
 from collections.abc import Iterator
@@ -105,8 +106,9 @@ def _acquire(path: Path) -> IO[str]:
         with file:
             locked = _try_lock(file, fcntl.LOCK_EX)
             if locked is False and tries < _TRIES and _try_lock(file, fcntl.LOCK_SH):
+                fcntl.flock(file, fcntl.LOCK_UN)  # or two of us would keep each other out while they sleep
                 tries += 1
-                time.sleep(0.02)
+                time.sleep(random.uniform(0.005, 0.03))
             elif locked is False or (_is_same_file(file, path) and _may_live(file, path.parent, locked)):
                 raise Claimed(path.parent, _describe(_read_owner(file)))
             elif _is_same_file(file, path):

@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from daft_domainbed.errors import UsageError
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+_UNSCALABLE = ("Fishr",)  # takes its gradients, sample by sample, from hooks inside backward
 
 
 class Precision:
-    """Runs updates and evaluations in a precision; algorithms call `loss.backward()` and `optimizer.step()` as ever.
+    """Runs updates and evaluations in a precision; algorithms differentiate and step as ever.
 
     Args:
         name: fp32, bf16 or fp16.
-        device: Where the arithmetic happens; fp16 needs CUDA.
-        algorithm: Its optimizers learn to skip steps whose scaled gradients overflowed (fp16 only).
+        device: Where the arithmetic happens.
     """
 
-    def __init__(self, name: str, device: torch.device, algorithm: torch.nn.Module) -> None:
+    def __init__(self, name: str, device: torch.device) -> None:
         self.device, self.dtype = device, PRECISIONS[name]
         self.scaler = _LossScaler() if name == "fp16" else None
-        if self.scaler is not None:
-            for optimizer in find_optimizers(algorithm).values():
-                self.scaler.attach(optimizer)
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -49,29 +47,33 @@ class Precision:
             self.scaler.scale, self.scaler.good_steps = state["scale"], state["good_steps"]
 
 
-def check_precision(name: str, device: torch.device) -> None:
-    """Refuse fp16 where nothing computes it.
+def check_precision(name: str, device: torch.device, algorithm: str = "ERM") -> None:
+    """Refuse fp16 where nothing computes it, or where it would compute something else.
 
     Raises:
-        UsageError: fp16 on anything but CUDA.
+        UsageError: fp16 on anything but CUDA, or for an algorithm whose gradients would be the scaled loss's.
     """
-    if name == "fp16" and device.type != "cuda":
+    if name != "fp16":
+        return
+    if device.type != "cuda":
         raise UsageError(f"--precision fp16 runs on CUDA only, and the device is {device}: use bf16 or fp32")
-
-
-def find_optimizers(algorithm: torch.nn.Module) -> dict[str, torch.optim.Optimizer]:
-    """Return an algorithm's optimizers by attribute name."""
-    return {name: value for name, value in vars(algorithm).items() if isinstance(value, torch.optim.Optimizer)}
+    if algorithm in _UNSCALABLE:
+        raise UsageError(
+            f"--precision fp16 scales the loss, and {algorithm} would take the scale for a part of each sample's "
+            f"gradient: use bf16 or fp32"
+        )
 
 
 class _LossScaler(TorchFunctionMode):
     """Dynamic loss scaling (Micikevicius et al., 2018) for algorithms that know nothing of it.
 
-    While active, every `Tensor.backward` is of the scaled loss; an attached optimizer unscales its gradients, skips
-    the step where they overflowed, and the scale follows.
+    While active, `Tensor.backward` and `torch.autograd.grad` differentiate the scaled loss and answer with the loss's
+    own gradients, so that whatever an algorithm does with them is right. Where one has overflowed the scale is halved
+    and the loss differentiated again: no step is skipped.
     """
 
     growth_interval = 2000
+    smallest = 2.0**-16
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,23 +82,65 @@ class _LossScaler(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        kwargs = kwargs or {}
         if func is torch.Tensor.backward:
-            args = (args[0] * self.scale, *args[1:])
-        return func(*args, **(kwargs or {}))
+            return self._backward(*args, **kwargs)
+        if func is torch.autograd.grad:
+            return self._grad(*args, **kwargs)
+        return func(*args, **kwargs)
 
-    def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        step = optimizer.step
+    def _backward(
+        self, loss: Tensor, gradient: Tensor | None = None, retain_graph: bool | None = None, **options: Any
+    ) -> None:
+        """Add to each leaf's `grad`."""
+        leaves = [leaf for leaf in options.get("inputs") or _find_leaves(loss) if leaf.is_leaf]
+        before = [leaf.grad for leaf in leaves]
 
-        def step_unscaled(*args: Any, **kwargs: Any) -> Any:
-            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            if gradients:
-                torch._foreach_mul_(gradients, 1 / self.scale)
-            if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
-                self.scale, self.good_steps = self.scale / 2, 0
-                return None
-            self.good_steps += 1
-            if self.good_steps == self.growth_interval:
-                self.scale, self.good_steps = self.scale * 2, 0
-            return step(*args, **kwargs)
+        def differentiate() -> list[Tensor | None]:
+            for leaf in leaves:
+                leaf.grad = None
+            (loss * self.scale).backward(gradient, retain_graph=True, **options)
+            return [leaf.grad for leaf in leaves]
 
-        optimizer.step = step_unscaled  # type: ignore[method-assign]
+        for leaf, old, new in zip(leaves, before, self._differentiate(differentiate, [loss]), strict=True):
+            leaf.grad = new if old is None else old if new is None else old.add_(new)
+
+    def _grad(self, outputs: Tensor | Sequence[Tensor], *args: Any, **options: Any) -> tuple[Tensor | None, ...]:
+        outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+        options |= {"retain_graph": True}
+        return tuple(
+            self._differentiate(
+                lambda: list(torch.autograd.grad([output * self.scale for output in outputs], *args, **options)),
+                outputs,
+            )
+        )
+
+    def _differentiate(
+        self, differentiate: Callable[[], list[Tensor | None]], outputs: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        """Return the outputs' own gradients; an infinite loss has what it has."""
+        while True:
+            gradients = [None if gradient is None else gradient / self.scale for gradient in differentiate()]
+            if all(gradient is None or bool(gradient.isfinite().all()) for gradient in gradients):
+                self.good_steps += 1
+                if self.good_steps == self.growth_interval:
+                    self.scale, self.good_steps = self.scale * 2, 0
+                return gradients
+            if self.scale <= self.smallest or not all(bool(output.isfinite().all()) for output in outputs):
+                return gradients
+            self.scale, self.good_steps = self.scale / 2, 0
+
+
+def _find_leaves(loss: Tensor) -> list[Tensor]:
+    """Return the tensors that `loss.backward()` would give gradients to."""
+    leaves: list[Tensor] = []
+    nodes: list[Any] = [loss.grad_fn]
+    seen = {None}
+    while nodes:
+        node = nodes.pop()
+        if node not in seen:
+            seen.add(node)
+            if hasattr(node, "variable"):
+                leaves.append(node.variable)
+            nodes += [following for following, _ in node.next_functions]
+    return leaves

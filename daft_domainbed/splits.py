@@ -36,7 +36,10 @@ def build_data(host: plugin.Host, request: Request, hparams: Mapping[str, Any], 
     try:
         dataset = dataset_class(request.data_dir, list(request.test_envs), hparams)
     except (TypeError, ValueError, FileNotFoundError, RuntimeError) as error:  # upstream's do not look before they read
+        says_where = "NoneType" in str(error) or "directory" in str(error).lower() or "not found" in str(error).lower()
         if request.data_dir is None:
+            if not says_where:  # a mistake in a data set of the user's own
+                raise
             raise UsageError(f"{request.dataset} is read from files: say where with --data_dir ({error})") from error
         if isinstance(error, TypeError | ValueError):
             raise

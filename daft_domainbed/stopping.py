@@ -18,24 +18,25 @@ class Stopped(BaseException):
 
 
 _requested: int | None = None
+_has_heard = False  # a signal; one that comes after a mere request is still the first
 _is_raising = False
 
 
 @contextmanager
 def listening(*signals: int) -> Iterator[None]:
     """Have these signals ask the run of this process to stop, until the end of the block."""
-    global _requested
+    global _requested, _has_heard
     if threading.current_thread() is not threading.main_thread():  # where Python lets nobody listen
         yield
         return
-    _requested = None
+    _requested, _has_heard = None, False
     before = {number: signal.signal(number, _hear) for number in signals}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        _requested = None
+        _requested, _has_heard = None, False
 
 
 @contextmanager
@@ -63,7 +64,9 @@ def is_requested() -> bool:
 
 
 def _hear(number: int, frame: FrameType | None) -> None:
-    if _requested is None:
+    global _has_heard
+    if not _has_heard:
+        _has_heard = True
         request(number)
         if _is_raising:
             raise Stopped("stopped; jobs that were launched may go on by themselves, the same command does the rest")

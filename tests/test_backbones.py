@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
 import sys
 from pathlib import Path
 from urllib.error import URLError
@@ -400,3 +402,13 @@ def test_a_frozen_backbone_passes_an_attack_its_gradient() -> None:
     x.requires_grad_()
     (gradient,) = torch.autograd.grad(network(x).square().sum(), x)
     assert gradient.abs().sum() > 0
+
+
+def test_narrow_network_survives_larger_images() -> None:
+    # In a process of its own: what it guards against is a crash of the interpreter.
+    code = (
+        "import torch; from daft_domainbed.backbones import ResNet8; network = ResNet8(3, 8);"
+        "network(torch.randn(8, 3, 64, 64)).sum().backward()"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0

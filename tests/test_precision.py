@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 
 from daft_domainbed import plugin
 from daft_domainbed.arguments import TrainArgs
+from daft_domainbed.attacks import run_pgd
 from daft_domainbed.engine import train
 from daft_domainbed.errors import UsageError
-from daft_domainbed.precision import Precision, _LossScaler, check_precision, find_optimizers
+from daft_domainbed.precision import Precision, _LossScaler, check_precision
 
 CPU = torch.device("cpu")
 
@@ -47,12 +49,6 @@ class Learner(nn.Module):
         return loss.item()
 
 
-def scale(learner: Learner) -> _LossScaler:
-    scaler = _LossScaler()
-    scaler.attach(learner.optimizer)
-    return scaler
-
-
 def get_weights(learner: Learner) -> list[list[float]]:
     return [parameter.tolist() for parameter in learner.network.parameters()]
 
@@ -62,7 +58,7 @@ def get_weights(learner: Learner) -> list[list[float]]:
 
 def test_fp32_changes_nothing() -> None:
     learner, x = Learner(), torch.rand(2, 4)
-    precision = Precision("fp32", CPU, learner)
+    precision = Precision("fp32", CPU)
     with precision.active():
         assert not torch.is_autocast_enabled("cpu")
         assert torch.equal(learner.network(x), learner.network(x))
@@ -72,7 +68,7 @@ def test_fp32_changes_nothing() -> None:
 
 def test_bf16_computes_in_bf16_and_keeps_its_weights_in_full() -> None:
     learner = Learner()
-    precision = Precision("bf16", CPU, learner)
+    precision = Precision("bf16", CPU)
     with precision.active():
         assert learner.network(torch.rand(2, 4)).dtype == torch.bfloat16
         learner.update()
@@ -126,12 +122,14 @@ def test_other_precisions_are_for_every_device() -> None:
     for device in (CPU, torch.device("cuda")):
         for name in ("fp32", "bf16"):
             check_precision(name, device)
-    check_precision("fp16", torch.device("cuda"))
+    check_precision("fp16", torch.device("cuda"), "ANDMask")
 
 
-def test_optimizers_are_found_by_name() -> None:
-    learner = Learner()
-    assert find_optimizers(learner) == {"optimizer": learner.optimizer, "last": learner.last}
+def test_fp16_is_refused_where_the_scale_would_count() -> None:
+    with pytest.raises(UsageError, match="^--precision fp16 scales the loss, and Fishr .*: use bf16 or fp32$"):
+        check_precision("fp16", torch.device("cuda"), "Fishr")
+    for name in ("fp32", "bf16"):
+        check_precision(name, torch.device("cuda"), "Fishr")
 
 
 # --- loss scaling ------------------------------------------------------------------------------------------------
@@ -139,7 +137,7 @@ def test_optimizers_are_found_by_name() -> None:
 
 def test_scaled_steps_are_the_unscaled_ones() -> None:
     learner, plain = Learner(), Learner()
-    scaler = scale(learner)
+    scaler = _LossScaler()
     for step in range(5):
         with scaler:
             loss = learner.update()
@@ -150,56 +148,93 @@ def test_scaled_steps_are_the_unscaled_ones() -> None:
         assert (scaler.scale, scaler.good_steps) == (2.0**16, step + 1)
 
 
-def test_backward_is_of_the_scaled_loss_while_it_is_active() -> None:
+def test_only_what_is_active_scales() -> None:
+    seen: list[float] = []
     x = torch.tensor([2.0], requires_grad=True)
+    y = 3 * x
+    y.register_hook(lambda gradient: seen.append(gradient.item()))
     scaler = _LossScaler()
     scaler.scale = 8.0
     with scaler:
-        (3 * x).sum().backward()
-    assert x.grad.item() == 24
-    x.grad = None
-    (3 * x).sum().backward()
-    assert x.grad.item() == 3
+        y.backward()
+        assert torch.autograd.grad(3 * x, x)[0].item() == 3
+    assert (x.grad.item(), seen) == (3, [8.0])
+    (3 * x).backward()
+    assert x.grad.item() == 6
+    assert scaler.good_steps == 2
 
 
-def test_small_gradients_survive_half_precision_only_when_scaled() -> None:
-    def find_gradient(scaler: _LossScaler | None) -> float:
+@pytest.mark.parametrize("differentiate", ["backward", "grad"])
+def test_small_gradients_survive_half_precision_only_when_scaled(differentiate: str) -> None:
+    def find_gradient() -> float:
         weight = torch.tensor([1.0], requires_grad=True)
-        optimizer = torch.optim.SGD([weight], lr=0.0)
         loss = (weight.half() * 1.0).float().sum() * 1e-9  # its gradient passes through half precision
-        if scaler is None:
-            loss.backward()
-        else:
-            scaler.attach(optimizer)
-            with scaler:
-                loss.backward()
-                optimizer.step()
+        if differentiate == "grad":
+            return torch.autograd.grad(loss, weight)[0].item()
+        loss.backward()
         return weight.grad.item()
 
-    assert find_gradient(None) == 0
-    assert find_gradient(_LossScaler()) == pytest.approx(1e-9, rel=0.01)
+    assert find_gradient() == 0
+    with _LossScaler():
+        assert find_gradient() == pytest.approx(1e-9, rel=0.01)
 
 
-@pytest.mark.parametrize("factor", [float("inf"), float("nan"), 1e34])  # the last overflows once scaled
-def test_an_overflow_skips_the_step_and_halves_the_scale(factor: float) -> None:
-    learner = Learner()
-    scaler = scale(learner)
+def test_attack_sees_the_gradient_of_a_confident_sample() -> None:
+    def attack() -> Tensor:
+        return run_pgd(lambda x: 1e-9 * x.half().float().sum(), torch.zeros(1, 4), eps=0.5, norm="linf", steps=1)
+
+    assert torch.equal(attack(), torch.zeros(1, 4))
+    with _LossScaler():
+        assert torch.equal(attack(), torch.full((1, 4), 0.5))
+
+
+class InHalf(torch.autograd.Function):
+    """The identity, whose gradient overflows in half precision."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return (gradient.half() * 1.0).float()
+
+
+@pytest.mark.parametrize("differentiate", ["backward", "grad"])
+def test_an_overflow_halves_the_scale_and_skips_no_step(differentiate: str) -> None:
+    weight = torch.tensor([1.0], requires_grad=True)
+    scaler = _LossScaler()
+    scaler.good_steps = 7
     with scaler:
-        learner.update()
-        weights, state = get_weights(learner), copy.deepcopy(learner.optimizer.state_dict())
+        loss = (16 * InHalf.apply(weight)).sum()
+        gradient = torch.autograd.grad(loss, weight)[0] if differentiate == "grad" else None
+        if gradient is None:
+            loss.backward()
+            gradient = weight.grad
+    assert gradient.item() == 16
+    assert (scaler.scale, scaler.good_steps) == (2.0**11, 1)  # 16 times as much would be infinite in half precision
+
+
+@pytest.mark.parametrize("factor", [float("inf"), float("nan")])
+def test_a_loss_that_is_not_finite_keeps_the_scale_and_its_gradients(factor: float) -> None:
+    learner, scaler = Learner(), _LossScaler()
+    with scaler:
         learner.update(factor)
-    assert get_weights(learner) == weights
-    assert str(learner.optimizer.state_dict()) == str(state)
-    assert (scaler.scale, scaler.good_steps) == (2.0**15, 0)
+    assert not learner.gradient.isfinite().any()
+    assert (scaler.scale, scaler.good_steps) == (2.0**16, 0)
+
+
+def test_gradients_that_are_infinite_at_any_scale_end_the_search() -> None:
+    weight = torch.tensor([0.0], requires_grad=True)
+    scaler = _LossScaler()
     with scaler:
-        learner.update()
-    assert get_weights(learner) != weights
-    assert (scaler.scale, scaler.good_steps) == (2.0**15, 1)
+        weight.sqrt().sum().backward()
+    assert weight.grad.isinf().all()
+    assert scaler.scale == scaler.smallest
 
 
-def test_the_scale_doubles_after_a_run_of_good_steps() -> None:
-    learner = Learner()
-    scaler = scale(learner)
+def test_the_scale_doubles_after_a_run_of_good_gradients() -> None:
+    learner, scaler = Learner(), _LossScaler()
     scaler.growth_interval = 3
     scales = []
     with scaler:
@@ -209,31 +244,80 @@ def test_the_scale_doubles_after_a_run_of_good_steps() -> None:
     assert scales == [1, 1, 2, 2, 2, 4, 4]
 
 
+# What upstream's algorithms do with gradients, beyond `loss.backward()`.
+
+
+def mix(learner: Learner, x: Tensor) -> None:
+    """As MLDG: gradients of a copy, of autograd.grad and of backward are added up."""
+    inner = copy.deepcopy(learner.network)
+    optimizer = torch.optim.SGD(inner.parameters(), lr=0.01)
+    (inner(x) ** 2).mean().backward()
+    optimizer.step()
+    gradients = torch.autograd.grad((inner(x) ** 2).mean(), inner.parameters())
+    learner.optimizer.zero_grad()
+    (learner.network(x) ** 2).mean().backward()
+    for parameter, ours, gradient in zip(learner.network.parameters(), inner.parameters(), gradients, strict=True):
+        parameter.grad.add_(ours.grad + gradient)
+    learner.last.step()
+
+
+def assign(learner: Learner, x: Tensor) -> None:
+    """As ANDMask: gradients of autograd.grad are put in place."""
+    gradients = torch.autograd.grad((learner.network(x) ** 2).mean(), list(learner.network.parameters()))
+    for parameter, gradient in zip(learner.network.parameters(), gradients, strict=True):
+        parameter.grad = gradient
+    learner.last.step()
+
+
+def penalise(learner: Learner, x: Tensor) -> None:
+    """As IRM: a gradient is a part of the loss, and the optimizer another one than at the start."""
+    learner.last = torch.optim.SGD(learner.network.parameters(), lr=0.001)
+    dummy = torch.ones((), requires_grad=True)
+    loss = (learner.network(x * dummy) ** 2).mean()
+    (gradient,) = torch.autograd.grad(loss, dummy, create_graph=True)
+    (loss + gradient**2).backward()
+    learner.last.step()
+
+
+def clip(learner: Learner, x: Tensor) -> None:
+    (learner.network(x) ** 2).mean().backward()
+    torch.nn.utils.clip_grad_norm_(learner.network.parameters(), 0.1)
+    learner.last.step()
+
+
+def accumulate(learner: Learner, x: Tensor) -> None:
+    loss = (learner.network(x) ** 2).mean()
+    loss.backward(retain_graph=True)
+    loss.backward(torch.tensor(2.0), inputs=[learner.network.weight])
+    learner.last.step()
+
+
+@pytest.mark.parametrize("update", [mix, assign, penalise, clip, accumulate])
+def test_whatever_is_done_with_gradients_is_done_with_the_losss_own(update: Callable[[Learner, Tensor], None]) -> None:
+    learner, plain, x = Learner(), Learner(), torch.arange(8.0).view(2, 4) / 8
+    with _LossScaler():
+        update(learner, x)
+    update(plain, x)
+    assert get_weights(learner) == get_weights(plain) != get_weights(Learner())
+
+
+def test_fp16_computes_in_half_precision_near_to_full() -> None:
+    learner, plain = Learner(), Learner()
+    precision = Precision("fp16", CPU)
+    for _ in range(3):
+        with precision.active():
+            assert learner.network(torch.rand(2, 4)).dtype == torch.float16
+            learner.update()
+        plain.update()
+    torch.testing.assert_close(learner.network.weight, plain.network.weight, rtol=0.01, atol=0.01)
+
+
 def test_the_scalers_state_survives_a_restart() -> None:
-    precision = Precision("fp16", CPU, Learner())
+    precision = Precision("fp16", CPU)
     assert precision.state_dict() == {"scale": 2.0**16, "good_steps": 0}
     precision.scaler.scale, precision.scaler.good_steps = 512.0, 7
-    restarted = Precision("fp16", CPU, Learner())
+    restarted = Precision("fp16", CPU)
     restarted.load_state_dict(json.loads(json.dumps(precision.state_dict())))
     assert restarted.state_dict() == {"scale": 512.0, "good_steps": 7}
     restarted.load_state_dict({})  # of a run that had no scaler
     assert restarted.scaler.scale == 512.0
-
-
-def test_fp16_attaches_every_optimizer() -> None:
-    learner = Learner()
-    precision = Precision("fp16", CPU, learner)
-    for optimizer in (learner.optimizer, learner.last):
-        learner.network.weight.grad = torch.full_like(learner.network.weight, 2.0**16)
-        optimizer.step()
-        assert torch.equal(learner.network.weight.grad, torch.ones_like(learner.network.weight))
-    assert precision.scaler.good_steps == 2
-
-
-def test_a_step_without_any_gradient_is_no_overflow() -> None:
-    learner = Learner()
-    scaler = scale(learner)
-    weights = get_weights(learner)
-    learner.optimizer.step()
-    assert get_weights(learner) == weights
-    assert scaler.scale == 2.0**16

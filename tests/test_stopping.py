@@ -237,6 +237,14 @@ def test_exit_status_is_the_signals(number: signal.Signals) -> None:
         assert Stopped("").exit_status == 143
 
 
+def test_signal_after_a_mere_request_is_the_first() -> None:
+    with stopping.listening(signal.SIGTERM):
+        stopping.request()
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 def test_code_that_never_asks_is_stopped_by_the_first_signal(number: signal.Signals) -> None:
     with stopping.listening(*SIGNALS):

@@ -28,6 +28,7 @@ from daft_domainbed.splits import NO_UNLABELLED, build_data, check_sizes
 from daft_domainbed.teacher import plan_teacher
 
 PLAN_FILE = "plan.json"
+QUEUE_FILE = "slurm/jobs.json"
 SCHEMA = 1
 
 Stage = Literal["erm_teacher", "aft_teacher", "student"]
@@ -74,6 +75,7 @@ class SweepArgs:
     device: str = "auto"
     precision: str = "fp32"
     teachers_dir: str | None = None
+    threads: int = 1
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,8 @@ def write_plan(sweep: SweepArgs, jobs: list[Job]) -> None:
 
 def _write_plan(path: Path, sweep: SweepArgs, jobs: list[Job]) -> None:
     old = _read_plan(path)
-    if old is not None and not any(_is_begun(path.parent / job["folder"]) for job in old["jobs"]):
+    is_queued = (path.parent / QUEUE_FILE).is_file()
+    if old is not None and not is_queued and not any(_is_begun(path.parent / job["folder"]) for job in old["jobs"]):
         old = None  # nothing came of it: most likely it was a mistake
     args = asdict(sweep)
     if old is not None:

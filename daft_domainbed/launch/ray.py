@@ -51,9 +51,11 @@ def run_ray(root: Path, jobs: Sequence[Job], options: Options, observer: Observe
         _check_address(options.ray_address)
         ray.init(address=options.ray_address, **quiet)
     try:
+        if stopping.is_requested():
+            raise stopping.Stopped("stopped before any job was started; the same command starts them")
         # Ray has put a signal handler of its own in the place of ours.
         with stopping.listening(signal.SIGINT, signal.SIGTERM):
-            return run_graph(root, jobs, _Tasks(ray, root, options), observer)
+            return run_graph(root, jobs, _Tasks(ray, root, options, jobs[0].args.device), observer)
     finally:
         ray.shutdown()
         if folder:
@@ -110,8 +112,9 @@ def _do_job(root: Path, place: str, job: Job, threads: int, board: Any) -> Outco
         nonlocal last
         if time.monotonic() - last > _SECONDS_BETWEEN_REPORTS:
             last = time.monotonic()
-            if ray.get(board.report.remote(job.folder, step, n_steps)):
-                stopping.request()
+            with suppress(ray.exceptions.RayError):  # the launcher's node is lost; the job is none the worse
+                if ray.get(board.report.remote(job.folder, step, n_steps)):
+                    stopping.request()
 
     with stopping.listening(signal.SIGTERM):
         return do_job(root, job, threads=threads, on_step=report)
@@ -120,21 +123,35 @@ def _do_job(root: Path, place: str, job: Job, threads: int, board: Any) -> Outco
 class _Tasks:
     """A pool of Ray tasks."""
 
-    def __init__(self, ray: Any, root: Path, options: Options) -> None:
+    def __init__(self, ray: Any, root: Path, options: Options, device: str) -> None:
         self.ray, self.root, self.options = ray, root, options
-        self.board = ray.remote(num_cpus=0)(_Board).remote()
+        here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+            ray.get_runtime_context().get_node_id(), soft=False
+        )
+        self.board = ray.remote(num_cpus=0, scheduling_strategy=here)(_Board).remote()
         self.running: dict[Any, Job] = {}
+        has_gpus = ray.cluster_resources().get("GPU", 0) > 0
+        self.n_gpus = int(device.startswith("cuda") or (device == "auto" and has_gpus))
+        self.n_slots = self._count_slots()
+        if not self.n_slots:
+            raise UsageError(
+                f"a job takes {options.threads} CPUs and {self.n_gpus} GPUs, and Ray has fewer: give it less (--threads, "
+                "--device), or a larger cluster"
+            )
+
+    def _count_slots(self) -> int:
+        """Return how many jobs fit: more would only wait in Ray's queue, where nobody can take them over."""
+        resources = self.ray.cluster_resources()
+        fit = int(resources.get("CPU", 0)) // self.options.threads
+        if self.n_gpus:
+            fit = min(fit, int(resources.get("GPU", 0)))
+        return min(fit, self.options.n_jobs or fit)
 
     def has_room(self) -> bool:
-        # More than fit would only wait in Ray's queue, where nobody can take them over.
-        resources = self.ray.cluster_resources()
-        n_jobs = self.options.n_jobs or int(resources.get("CPU", 1)) // self.options.threads or 1
-        return len(self.running) < n_jobs
+        return len(self.running) < self.n_slots
 
     def start(self, job: Job) -> None:
-        has_gpus = self.ray.cluster_resources().get("GPU", 0) > 0
-        n_gpus = int(job.args.device.startswith("cuda") or (job.args.device == "auto" and has_gpus))
-        task = self.ray.remote(num_cpus=self.options.threads, num_gpus=n_gpus, max_retries=_RETRIES)(_do_job)
+        task = self.ray.remote(num_cpus=self.options.threads, num_gpus=self.n_gpus, max_retries=_RETRIES)(_do_job)
         reference = task.remote(self.root.resolve(), os.getcwd(), job, self.options.threads, self.board)
         self.running[reference] = job
 
@@ -143,6 +160,7 @@ class _Tasks:
             time.sleep(seconds)
             return
         ready, _ = self.ray.wait(list(self.running), timeout=seconds)
+        self.n_slots = self._count_slots()  # a cluster grows and shrinks
         jobs = {job.folder: job for job in self.running.values()}
         for folder, (step, n_steps) in self.ray.get(self.board.take.remote()).items():
             if folder in jobs:
@@ -154,7 +172,7 @@ class _Tasks:
             except self.ray.exceptions.RayError as error:
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 is_whole = is_done(self.root / job.folder)
-                outcome = Outcome("done") if is_whole else Outcome("failed", f"lost {_RETRIES + 1} times: {reason}")
+                outcome = Outcome("done") if is_whole else Outcome("failed", f"Ray gave it up: {reason}")
             yield Ended(job, outcome)
 
     def stop(self) -> None:

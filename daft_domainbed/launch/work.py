@@ -53,11 +53,11 @@ def do_job(root: Path, job: Job, *, threads: int, on_step: Callable[[int, int], 
     for need in job.needs:
         if not is_done(root / need) and read_failure(root / need):
             return _fail(folder, f"its teacher {need} failed")
-    for source in job.imports:
-        plugin.import_source(source)
     torch.set_num_threads(threads)
-    (folder / FAILED_FILE).unlink(missing_ok=True)
     try:
+        (folder / FAILED_FILE).unlink(missing_ok=True)
+        for source in job.imports:
+            plugin.import_source(source)
         train(_place(root, job), quiet=True, on_step=on_step)
     except (Claimed, TakenOver):
         return Outcome("busy")
@@ -67,8 +67,10 @@ def do_job(root: Path, job: Job, *, threads: int, on_step: Callable[[int, int], 
         is_full = isinstance(error, OSError) and error.errno in DISK_FULL
         return _fail(folder, "the disk is full: free some space and launch again" if is_full else str(error))
     except Exception as error:
-        with suppress(OSError), (folder / "err.txt").open("a") as file:
-            traceback.print_exc(file=file)
+        with suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            with (folder / "err.txt").open("a") as file:
+                traceback.print_exc(file=file)
         return _fail(folder, f"{type(error).__name__}: {error} (traceback in its err.txt)")
     return Outcome("done")
 

@@ -15,6 +15,10 @@ from daft_domainbed.errors import UsageError, suggest
 from daft_domainbed.results.statistics import adjust_holm, bootstrap_mean, flip_signs, mean
 from daft_domainbed.results.tables import SELECTION_WORDS, Results, Table
 
+# Of three normal samples the percentile bootstrap's 95 % interval covers the mean in 76 % of cases, of ten in 90 %; and
+# with five no sign-flip test comes below 0.05.
+_FEWEST_TRIALS = 6
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -27,7 +31,7 @@ class Comparison:
         second: The one it is compared with.
         n: Trials in which both have a number for every held-out domain.
         gain: Mean of first minus second, in points of accuracy.
-        interval: 95 % interval of the gain; None for fewer than two trials.
+        interval: 95 % interval of the gain; None for fewer than six trials, of which a bootstrap covers much less.
         p: Two-sided, by exact sign flips; None for fewer than two trials.
         p_adjusted: The same after Holm's correction for the comparisons of this data set.
         gains: Mean gain on each held-out domain.
@@ -87,7 +91,7 @@ def _compare(table: Table, first: str, second: str) -> Comparison:
         second=second,
         n=len(gains),
         gain=mean(gains),
-        interval=bootstrap_mean(gains) if is_tested else None,
+        interval=bootstrap_mean(gains) if len(gains) >= _FEWEST_TRIALS else None,
         p=flip_signs(gains) if is_tested else None,
         p_adjusted=None,
         gains=dict(zip(table.environments, by_env, strict=True)),
@@ -111,11 +115,12 @@ def format_comparisons(comparisons: Sequence[Comparison]) -> str:
         family = [entry for entry in comparisons if entry.dataset == dataset]
         lines += [f"{dataset}: {SELECTION_WORDS[family[0].selection].name}, gains in points, paired by trial"]
         lines += [f"  {_format(entry)}" for entry in family]
-        if any(entry.n > 1 for entry in family):
-            lines += [
-                "  95 % interval: bootstrap over trials, 10,000 draws; p: two-sided, exact sign flips"
-                + (f", Holm's correction over {len(family)} comparisons" if len(family) > 1 else "")
-            ]
+        n_tested = sum(entry.p is not None for entry in family)
+        if n_tested:
+            corrected = f", Holm's correction over {n_tested} comparisons" if n_tested > 1 else ""
+            lines += [f"  p: two-sided, exact sign flips{corrected}"]
+        if any(entry.interval for entry in family):
+            lines += ["  95 % interval: bootstrap over trials, 10,000 draws"]
         lines += [""]
     return "\n".join(lines)
 
@@ -125,13 +130,14 @@ def _format(entry: Comparison) -> str:
     if entry.gain is None:
         return f"{name}: no trial in which both have every held-out domain"
     by_env = ", ".join(f"{env} {gain:+.1f}" for env, gain in entry.gains.items() if gain is not None)
-    if entry.interval is None or entry.p is None or entry.p_adjusted is None:
+    if entry.p is None or entry.p_adjusted is None:
         return f"{name}: {entry.gain:+.1f}, one trial, which says nothing of its spread ({by_env})"
-    low, high = entry.interval
+    few = f", too few for an interval ({_FEWEST_TRIALS} or more)"
+    interval = f" [{entry.interval[0]:+.1f}, {entry.interval[1]:+.1f}]" if entry.interval else ""
     adjusted = f", corrected {_format_p(entry.p_adjusted)}" if entry.p_adjusted != entry.p else ""
     return (
-        f"{name}: {entry.gain:+.1f} [{low:+.1f}, {high:+.1f}], p {_format_p(entry.p)}{adjusted}, n = {entry.n} trials "
-        f"({by_env})"
+        f"{name}: {entry.gain:+.1f}{interval}, p {_format_p(entry.p)}{adjusted}, n = {entry.n} trials"
+        f"{'' if entry.interval else few} ({by_env})"
     )
 
 

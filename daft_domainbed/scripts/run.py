@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     dataset = args["dataset"]
     name = re.sub(r"[^\w.-]+", "_", name_dataset(dataset).removeprefix("folder:"))
     args["output_dir"] = args["output_dir"] or f"runs/{name}"
+    args["threads"] = args["threads"] or 1
     own = {field: value for field, value in args.items() if field in SweepArgs.__dataclass_fields__}
     failure = None
     try:

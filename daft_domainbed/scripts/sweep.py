@@ -1,6 +1,6 @@
 """Launch a sweep with every stage that it needs, show how it stands, or remove what is incomplete.
 
-`launch` again goes on with what is not done; flags that are not given are then those that the sweep was begun with.
+`launch` again goes on with what is not done; what is trained, and with how many threads, is then taken from the sweep.
 `status` needs --output_dir alone. Launchers: local, multi_gpu, slurm, ray, dummy (prints the commands), one of an
 installed package, or one of your DomainBed's with --host upstream.
 
@@ -20,7 +20,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -181,7 +181,7 @@ def make_options(given: dict[str, Any]) -> Options:
         if not key or not equals:
             raise UsageError(f"--slurm {text!r}: write KEY=VALUE, as in partition=gpu")
         slurm[key] = value
-    names = {field.name for field in fields(Options)} - {"slurm"}
+    names = {field.name for field in fields(Options)} - {"slurm", "threads"}  # the latter is the sweep's
     return Options(slurm=slurm, **{name: value for name, value in given.items() if name in names and value is not None})
 
 
@@ -200,7 +200,7 @@ def launch(sweep: SweepArgs, options: Options, *, launcher: str, ask: bool, keep
     from daft_domainbed.launch.states import is_done
     from daft_domainbed.plugin import find_host, get_environments
 
-    run = find_launcher(launcher, sweep.host)
+    run, options = find_launcher(launcher, sweep.host), replace(options, threads=sweep.threads)
     jobs = make_plan(sweep)
     root = Path(sweep.output_dir)
     waiting = [job for job in jobs if not is_done(root / job.folder)]
@@ -245,11 +245,15 @@ def delete_incomplete(root: Path, *, ask: bool) -> None:
     """
     from daft_domainbed import locks
     from daft_domainbed.launch.plan import read_jobs
-    from daft_domainbed.launch.states import read_states
+    from daft_domainbed.launch.states import is_done, read_states
 
     jobs = read_jobs(root)
     states = read_states(root, jobs)
-    folders = [root / job.folder for job in jobs if states[job.folder].kind in ("incomplete", "failed")]
+    kinds = ("incomplete", "failed")
+    # A store outside the sweep is others', too.
+    folders = [
+        root / job.folder for job in jobs if states[job.folder].kind in kinds and not Path(job.folder).is_absolute()
+    ]
     if not folders:
         print("nothing is incomplete")
         return
@@ -259,8 +263,14 @@ def delete_incomplete(root: Path, *, ask: bool) -> None:
     n_deleted = 0
     for folder in folders:
         with suppress(locks.Claimed), locks.claim(folder):
-            shutil.rmtree(folder)
+            if is_done(folder):  # by another launch, in the meantime
+                continue
+            for path in folder.iterdir():
+                if path.name != locks.LOCK_FILE:  # by which the folder is ours until it is empty
+                    path.unlink()
             n_deleted += 1
+        with suppress(OSError):  # somebody has begun anew
+            folder.rmdir()
     print(f"deleted {n_deleted} incomplete runs")
 
 

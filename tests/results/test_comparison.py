@@ -26,11 +26,19 @@ def test_by_hand(three_trials):
     kd, erm = compare(build_results(read_sweep(three_trials.root)), "DAFT", ["KD", "ERM"])
     assert (kd.first, kd.second, kd.n) == ("DAFT", "KD", 3)
     assert kd.gain == pytest.approx(3.0)
-    assert kd.interval == pytest.approx((3.0, 3.0))
+    assert kd.interval is None
     assert kd.p == 2 / 8  # of the 8 sign patterns, the observed one and its mirror
     assert kd.gains == pytest.approx({"red": 3.0, "green": 3.0, "blue": 3.0})
     assert erm.gain == pytest.approx(5.0)
     assert erm.p_adjusted == kd.p_adjusted == 0.5  # two comparisons
+
+
+def test_six_trials_have_an_interval(sweep):
+    fill_full_sweep(sweep, trials=6)
+    (entry,) = compare(build_results(read_sweep(sweep.root)), "DAFT", ["KD"])
+    assert entry.interval == pytest.approx((3.0, 3.0))
+    assert entry.p == 2 / 64
+    assert "+3.0 [+3.0, +3.0], p 0.031, n = 6 trials (" in format_comparisons([entry])
 
 
 def test_a_trial_that_lacks_a_domain_is_left_out(three_trials):
@@ -64,7 +72,10 @@ def test_what_cannot_be_compared_is_refused(three_trials, names, message):
 def test_command(three_trials, capsys):
     flags = ["--input_dir", str(three_trials.root), "--compare", "DAFT", "KD"]
     assert run_command("collect_results", flags) == 0
-    assert "  DAFT - KD: +3.0 [+3.0, +3.0], p 0.250, n = 3 trials (red +3.0" in capsys.readouterr().out
+    assert (
+        "  DAFT - KD: +3.0, p 0.250, n = 3 trials, too few for an interval (6 or more) (red +3.0"
+        in capsys.readouterr().out
+    )
     assert run_command("collect_results", [*flags, "--format", "json"]) == 0
     (entry,) = json.loads(capsys.readouterr().out)
     assert (entry["first"], entry["second"], entry["n"], entry["p"]) == ("DAFT", "KD", 3, 0.25)

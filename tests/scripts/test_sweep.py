@@ -75,7 +75,8 @@ class Sweep:
 
 
 def read_tree(root: Path) -> dict[Path, int]:
-    return {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
+    """Return all files with their times, but for the locks, whose times are signs of life."""
+    return {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
 @pytest.fixture
@@ -145,6 +146,21 @@ def test_store_and_data_folder_are_remembered(sweep: Sweep, tmp_path: Path) -> N
     assert not (sweep.root / "teachers").exists()
     assert {job.args.data_dir for job in sweep.jobs} == {str(tmp_path)}
     assert {job.args.device for job in sweep.jobs} == {"cpu"}
+
+
+def test_threads_are_the_sweeps(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers may depend on them."""
+    seen: list[int] = []
+
+    def run(root: Path, jobs: Sequence[Job], options: Any, observer: Any) -> dict[str, str]:
+        seen.append(options.threads)
+        return run_here(root, jobs[:1])
+
+    monkeypatch.setitem(launchers._OURS, "here", lambda: run)
+    sweep.launch(*ERM, *SMALL, "--threads", "2")
+    sweep.launch()
+    assert seen == [2, 2]
+    assert "threads is 2 there and 1 here" in sweep.refuse("launch", "--skip_confirmation", "--threads", "1")
 
 
 def test_sweep_may_have_moved(sweep: Sweep, tmp_path: Path) -> None:
@@ -541,6 +557,17 @@ def test_run_that_is_begun_while_it_is_asked_is_not_deleted(
     assert (status, out.splitlines()[-1]) == (0, "deleted 1 incomplete runs")
     assert (folder / "resume.pt").is_file()
     claimed.__exit__(None, None, None)
+
+
+def test_store_that_other_sweeps_share_is_left_alone(sweep: Sweep, tmp_path: Path) -> None:
+    flags = ["--skip_confirmation", "--command_launcher", "dummy", "--teachers_dir", str(tmp_path / "store")]
+    sweep("launch", *KD, *SMALL, *flags)
+    for job in (sweep.jobs[0], sweep.jobs[-1]):
+        work.leave_failure(sweep.root / job.folder, "no luck")
+    assert sweep.jobs[0].folder.startswith(str(tmp_path / "store"))
+    _, out, _ = sweep("delete_incomplete", "--skip_confirmation")
+    assert out == "deleted 1 incomplete runs\n"
+    assert [path.parent for path in tmp_path.rglob("failed")] == [Path(sweep.jobs[0].folder)]
 
 
 # --- which weights stay ----------------------------------------------------------------------------------------------
