@@ -135,8 +135,8 @@ class _Tasks:
         self.n_slots = self._count_slots()
         if not self.n_slots:
             raise UsageError(
-                f"a job takes {options.threads} CPUs and {self.n_gpus} GPUs, and Ray has fewer: give it less (--threads, "
-                "--device), or a larger cluster"
+                f"a job takes {options.threads} CPUs and {self.n_gpus} GPUs, and Ray has fewer: give it less "
+                "(--threads, --device), or a larger cluster"
             )
 
     def _count_slots(self) -> int:
