@@ -52,7 +52,9 @@ class ForkServer:
 
 
 def _serve(requests: socket.socket) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to everybody; the launcher says what it means
+    # A terminal or a scheduler sends these to everybody; the launcher says what they mean.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the jobs' processes here
     for name in _PRELOADED:
         import_module(name)

@@ -48,7 +48,7 @@ def find_launcher(name: str, host: str) -> Launcher:
 def make_command(root: Path, job: Job, threads: int) -> str:
     """Return the shell command that does one job, from where it was, in a process of its own."""
     program = [sys.executable, "-m", "daft_domainbed.launch.work"]
-    return shlex.join([*program, str(root), job.folder, "--threads", str(threads)])
+    return shlex.join([*program, str(root.resolve()), job.folder, "--threads", str(threads)])
 
 
 def _take_commands(launch: Callable[[list[str]], Any]) -> Launcher:

@@ -136,14 +136,28 @@ def write_plan(sweep: SweepArgs, jobs: list[Job]) -> None:
         _write_plan(root / PLAN_FILE, sweep, jobs)
 
 
-def _write_plan(path: Path, sweep: SweepArgs, jobs: list[Job]) -> None:
+def check_plan(sweep: SweepArgs) -> None:
+    """Make sure that a sweep's folder holds no other sweep.
+
+    Raises:
+        UsageError: It does.
+    """
+    _read_begun(Path(sweep.output_dir) / PLAN_FILE, asdict(sweep))
+
+
+def _read_begun(path: Path, args: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the stored plan that a sweep grows from, or None where there is none of which anything came."""
     old = _read_plan(path)
     is_queued = (path.parent / QUEUE_FILE).is_file()
-    if old is not None and not is_queued and not any(_is_begun(path.parent / job["folder"]) for job in old["jobs"]):
-        old = None  # nothing came of it: most likely it was a mistake
+    if old is None or not (is_queued or any(_is_begun(path.parent / job["folder"]) for job in old["jobs"])):
+        return None  # most likely it was a mistake
+    _check_growth(old["args"], args, path.parent)
+    return old
+
+
+def _write_plan(path: Path, sweep: SweepArgs, jobs: list[Job]) -> None:
     args = asdict(sweep)
-    if old is not None:
-        _check_growth(old["args"], args, path.parent)
+    old = _read_begun(path, args)
     environments = {name: plugin.get_environments(plugin.find_host(sweep.host), name) for name in sweep.datasets}
     known = {job.folder for job in jobs}
     content = {

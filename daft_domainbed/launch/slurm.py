@@ -317,6 +317,11 @@ def _submit(root: Path, jobs: Sequence[Job], after: Sequence[str], threads: int,
         with redirect_stderr(io.StringIO()):  # submitit prints what it raises
             submitted = executor.submit_array([Element(root, job, threads) for job in jobs])
     except (FailedJobError, FailedSubmissionError) as error:
+        if "_establish_config_source" in str(error) or "ontact slurm controller" in str(error):
+            raise UsageError(
+                "--command_launcher slurm: no Slurm controller answers here; launch on a login node of the cluster, or "
+                "use local"
+            ) from error
         hint = "; --max_array_size has to be below the cluster's MaxArraySize" if "array" in str(error).lower() else ""
         raise RunError(f"Slurm refuses {what}: {_join(str(error))}{hint}") from error
     finally:

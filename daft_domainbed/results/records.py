@@ -16,6 +16,7 @@ import itertools
 import json
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -541,7 +542,9 @@ def cut_sweep_path(text: str, root: Path, of: Job | Run) -> str:
     if os.path.isabs(of.folder):
         roots.add(os.path.dirname(of.folder))
     for path in sorted(roots - {"", "/", "."}, key=len, reverse=True):
-        text = text.replace(path + "/", "").replace(path, ".")
+        text = re.sub(rf"(?<![\w./-]){re.escape(path)}/", "", text)
+        if "/" in path:  # else it may be any word
+            text = re.sub(rf"(?<![\w./-]){re.escape(path)}(?![\w./-])", ".", text)
     return text
 
 

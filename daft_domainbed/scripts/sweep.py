@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -75,8 +76,11 @@ def add_launch_flags(parser: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Launch, show or clean a sweep."""
     given = vars(build_parser().parse_args(argv))
+    on_command_line = given
     if "config" in given:
         given = read_config(given["config"], given["command"]) | given
+    launcher = given.get("command_launcher", "local")
+    _check_launcher_flags(on_command_line, launcher)
     command = given.pop("command")
     if "output_dir" not in given:
         raise UsageError("--output_dir is needed: the sweep's folder")
@@ -86,13 +90,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif command == "delete_incomplete":
         delete_incomplete(root, ask=not given.get("skip_confirmation", False))
     else:
-        launch(
+        is_launched = launch(
             collect_sweep_args(given),
             make_options(given),
-            launcher=given.get("command_launcher", "local"),
+            launcher=launcher,
             ask=not given.get("skip_confirmation", False),
             keep=given.get("keep", "all"),
         )
+        if is_launched:
+            print(f"results: daft-domainbed collect_results --input_dir {shlex.quote(str(root))}", file=sys.stderr)
     return 0
 
 
@@ -185,8 +191,8 @@ def make_options(given: dict[str, Any]) -> Options:
     return Options(slurm=slurm, **{name: value for name, value in given.items() if name in names and value is not None})
 
 
-def launch(sweep: SweepArgs, options: Options, *, launcher: str, ask: bool, keep: str = "all") -> None:
-    """Plan a sweep and run what is not done of it.
+def launch(sweep: SweepArgs, options: Options, *, launcher: str, ask: bool, keep: str = "all") -> bool:
+    """Plan a sweep and run what is not done of it; return whether there was anything to run, and leave to.
 
     Raises:
         UsageError: The sweep, or the launcher, cannot be.
@@ -195,19 +201,20 @@ def launch(sweep: SweepArgs, options: Options, *, launcher: str, ask: bool, keep
     """
     from daft_domainbed import stopping
     from daft_domainbed.launch.launchers import find_launcher
-    from daft_domainbed.launch.plan import make_plan, write_plan
+    from daft_domainbed.launch.plan import check_plan, make_plan, write_plan
     from daft_domainbed.launch.progress import SweepProgress
     from daft_domainbed.launch.states import is_done
     from daft_domainbed.plugin import find_host, get_environments
 
     run, options = find_launcher(launcher, sweep.host), replace(options, threads=sweep.threads)
+    check_plan(sweep)
     jobs = make_plan(sweep)
     root = Path(sweep.output_dir)
     waiting = [job for job in jobs if not is_done(root / job.folder)]
-    if ask:
+    if ask and launcher != "dummy":
         _print_summary(root, jobs)
-        if waiting:
-            _confirm(f"Launch {len(waiting)} jobs?")
+        if waiting and not _confirm(f"Launch {len(waiting)} jobs with {launcher}?"):
+            return False
     write_plan(sweep, jobs)
     environments = {dataset: get_environments(find_host(sweep.host), dataset) for dataset in sweep.datasets}
     with (
@@ -221,6 +228,7 @@ def launch(sweep: SweepArgs, options: Options, *, launcher: str, ask: bool, keep
         raise RunError(f"{len(failures)} of {len(jobs)} jobs failed, the first in {root / folder}: {reason}")
     if keep == "chosen" and failures is not None:
         _keep_chosen(root)
+    return bool(waiting)
 
 
 def show_status(root: Path) -> None:
@@ -233,7 +241,7 @@ def show_status(root: Path) -> None:
     from daft_domainbed.launch.plan import read_jobs
 
     _print_summary(root, read_jobs(root))
-    if (root / slurm.FOLDER).is_dir() and shutil.which("squeue"):
+    if (root / slurm.FOLDER / slurm.JOBS_FILE).is_file() and shutil.which("squeue"):
         print(f"in Slurm's queue: {len(slurm.list_queued(root))} jobs, waiting or running")
 
 
@@ -259,7 +267,8 @@ def delete_incomplete(root: Path, *, ask: bool) -> None:
         return
     if ask:
         _print_summary(root, jobs)
-        _confirm(f"Delete {len(folders)} incomplete runs, with all that they have learnt?")
+        if not _confirm(f"Delete {len(folders)} incomplete runs, with all that they have learnt?"):
+            return
     n_deleted = 0
     for folder in folders:
         with suppress(locks.Claimed), locks.claim(folder):
@@ -289,15 +298,24 @@ def _print_summary(root: Path, jobs: Sequence[Job]) -> None:
     print("\n".join(filter(None, parts)), flush=True)
 
 
-def _confirm(question: str) -> None:
+def _check_launcher_flags(given: dict[str, Any], launcher: str) -> None:
+    """Refuse flags of a launcher that is not the one, which would be ignored in silence; a file may hold several's."""
+    for flag, owner in (("slurm", "slurm"), ("ray_address", "ray")):
+        if flag in given and launcher != owner:
+            raise UsageError(f"--{flag} is given, and the launcher is {launcher}: add --command_launcher {owner}")
+
+
+def _confirm(question: str) -> bool:
     print(f"{question} (y/n) ", end="", file=sys.stderr, flush=True)
     try:
         answer = input()
     except EOFError:
         print(file=sys.stderr)
         raise UsageError("nobody is there to answer: add --skip_confirmation") from None
-    if answer.strip().lower() not in ("y", "yes"):
-        raise UsageError("nothing was done, as you wished")
+    if answer.strip().lower() in ("y", "yes"):
+        return True
+    print("nothing was done, as you wished", file=sys.stderr)
+    return False
 
 
 def _keep_chosen(root: Path) -> None:

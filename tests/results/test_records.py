@@ -7,6 +7,7 @@ import math
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from daft_domainbed.errors import UsageError
-from daft_domainbed.results.records import Note, read_sweep
+from daft_domainbed.results.records import Note, cut_sweep_path, read_sweep
 
 TWO_STEPS = {0: [(0.1, 0.2), (0.3, 0.4), (0.5, 0.6)], 10: [(0.15, 0.25), (0.35, 0.45), (0.55, 0.65)]}
 
@@ -329,3 +330,14 @@ def test_no_bytes_make_a_traceback(sweep, data):
 def test_results_never_import_torch():
     code = "import sys, daft_domainbed.results.report as r; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_path_of_a_sweep_is_cut_where_it_is_a_path_and_nowhere_else(full_sweep, monkeypatch):
+    monkeypatch.chdir(full_sweep.root.parent)
+    (job,) = [job for job in read_sweep(full_sweep.root).plan.jobs.values() if job.folder.startswith("teachers")][:1]
+    job = replace(job, args=job.args | {"output_dir": f"a/{job.folder}"})  # a sweep that was made as `a`
+    assert cut_sweep_path("auto: a pretrained one in a/teachers/x", full_sweep.root, job) == (
+        "auto: a pretrained one in teachers/x"
+    )
+    root = str(full_sweep.root)
+    assert cut_sweep_path(f"{root}: {root}/teachers, {root}2/x", full_sweep.root, job) == f".: teachers, {root}2/x"

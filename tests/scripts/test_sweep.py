@@ -243,13 +243,15 @@ def test_yes_launches(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
         assert sweep.count() == {"done": 3}
         assert out.splitlines()[0] == f"{sweep.root}: 3 jobs"
         assert "disk: 0 B in use" in out
-        assert lines[0] == "Launch 3 jobs? (y/n) "
+        assert lines[0].startswith("Launch 3 jobs with here? (y/n) ")
 
 
 @pytest.mark.parametrize("text", ["n\n", "\n", "yeah\n"])
 def test_anything_else_does_not(sweep: Sweep, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     answer(monkeypatch, text)
-    assert sweep.refuse("launch", *ERM, *SMALL).endswith("nothing was done, as you wished")
+    status, _, lines = sweep("launch", *ERM, *SMALL)
+    assert status == 0
+    assert lines[-1].endswith("nothing was done, as you wished")
     assert not sweep.root.exists()
 
 
@@ -532,12 +534,19 @@ def test_incomplete_and_failed_runs_are_deleted_and_no_other(
     assert sweep("delete_incomplete") == (0, "nothing is incomplete\n", [])
 
 
-@pytest.mark.parametrize("text", ["n\n", ""])
+@pytest.mark.parametrize(("text", "status"), [("n\n", 0), ("", 2)])
 def test_nothing_is_deleted_without_a_yes(
-    sweep: Sweep, motley: dict[str, str], monkeypatch: pytest.MonkeyPatch, text: str
+    sweep: Sweep, motley: dict[str, str], monkeypatch: pytest.MonkeyPatch, text: str, status: int
 ) -> None:
     answer(monkeypatch, text)
-    sweep.refuse("delete_incomplete")
+    before = read_tree(sweep.root)
+    assert sweep("delete_incomplete")[0] == status
+    assert read_tree(sweep.root) == before
+
+
+def test_flags_of_another_launcher_are_refused(sweep: Sweep) -> None:
+    assert "the launcher is local: add --command_launcher slurm" in sweep.refuse("launch", *ERM, "--slurm", "time=1")
+    assert "add --command_launcher ray" in sweep.refuse("launch", *ERM, "--ray_address", "here:1")
 
 
 def test_run_that_is_begun_while_it_is_asked_is_not_deleted(
