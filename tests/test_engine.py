@@ -338,7 +338,7 @@ train(TrainArgs(**{tiny.make_flags()!r}), quiet=True, on_step=on_step)
         assert owner.pid
         os.kill(owner.pid, signal.SIGKILL)
         owner.join()
-        assert (tiny.root / "run" / ".lock").read_text() == str(owner.pid)
+        assert json.loads((tiny.root / "run" / ".lock").read_text())["pid"] == owner.pid
         tiny.train()
         assert outcome(tiny.root / "run") == outcome(tiny.train("undisturbed"))
 

@@ -27,7 +27,7 @@ import daft_domainbed
 from daft_domainbed.cli import ArgumentParser, run_command
 from daft_domainbed.errors import UsageError
 
-CORE_PACKAGES = ("torch", "torchvision", "numpy", "safetensors", "pillow", "rich", "jinja2")
+CORE_PACKAGES = ("torch", "torchvision", "numpy", "safetensors", "pillow", "rich", "jinja2", "pyyaml")
 UPSTREAM_PACKAGES = ("wilds", "timm", "tqdm")
 UPSTREAM_COMMIT = "b93c22a1cfc3b2428398272c1a116c8de1f4139e"
 UPSTREAM_CLONE = "git clone https://github.com/facebookresearch/DomainBed && export DOMAINBED_ROOT=$PWD/DomainBed"

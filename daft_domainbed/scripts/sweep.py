@@ -80,7 +80,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "config" in given:
         given = read_config(given["config"], given["command"]) | given
     launcher = given.get("command_launcher", "local")
-    _check_launcher_flags(on_command_line, launcher)
     command = given.pop("command")
     if "output_dir" not in given:
         raise UsageError("--output_dir is needed: the sweep's folder")
@@ -90,9 +89,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif command == "delete_incomplete":
         delete_incomplete(root, ask=not given.get("skip_confirmation", False))
     else:
+        options = make_options(given)
+        _check_launcher_flags(on_command_line, launcher)
         is_launched = launch(
             collect_sweep_args(given),
-            make_options(given),
+            options,
             launcher=launcher,
             ask=not given.get("skip_confirmation", False),
             keep=given.get("keep", "all"),
