@@ -15,6 +15,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from hypothesis import settings
+
+# The same examples every time; --hypothesis-profile=default looks for new ones.
+settings.register_profile("deterministic", deadline=None, derandomize=True)
+settings.load_profile("deterministic")
 
 HPARAMS = {"batch_size": 8, "backbone": "resnet8_w2"}
 TEACHER_HPARAMS = {"teacher_backbone": "resnet8_w4"}

@@ -12,8 +12,6 @@ from hypothesis import strategies as st
 from daft_domainbed import hparams, plugin
 from daft_domainbed.errors import UsageError
 
-deterministic = settings(max_examples=100, deadline=None, derandomize=True)
-
 OURS = ("ERM", "KD", "DAFT", "AFT")
 NETWORK = {"backbone", "weights", "backbone_frozen", "backbone_input_size", "pixels"}
 TEACHER = {
@@ -293,7 +291,7 @@ GOOD_VALUES: dict[str, st.SearchStrategy[Any]] = {
 }  # fmt: skip
 
 
-@deterministic
+@settings(max_examples=100)
 @given(st.fixed_dictionaries({}, optional=GOOD_VALUES))
 def test_good_values_survive_json_and_are_accepted(values: dict[str, Any]) -> None:
     parsed = hparams.parse_json(json.dumps(values))

@@ -109,7 +109,6 @@ def compare_with_loaders(sizes: list[tuple[str, int, int]], num_workers: int, ro
     assert torch.equal(torch.rand(3), their_next)
 
 
-@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(st.sampled_from(KINDS), st.integers(8, 70), st.integers(1, 8)),
@@ -130,7 +129,7 @@ def test_virtual_workers_equal_processes() -> None:
 
 @pytest.mark.parametrize("num_workers", [0, 3])
 @pytest.mark.parametrize("kind", KINDS)
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(0, 15), st.integers(0, 2**31))
 def test_saved_stream_goes_on_bit_for_bit(kind: str, num_workers: int, position: int, seed: int) -> None:
     seed_everything(seed)

@@ -213,7 +213,7 @@ def shift_and_flip_pixel_by_pixel(image: Tensor, flip: bool, down: int, right: i
     return out.flip(2) if flip else out
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.lists(st.tuples(*[st.floats(0, 1, exclude_max=True, width=32)] * 3), min_size=1, max_size=4))
 def test_shift_and_flip_pixel_by_pixel(draws: list[tuple[float, float, float]]) -> None:
     images = torch.randint(0, 256, (len(draws), 3, 6, 7), dtype=torch.uint8)

@@ -306,7 +306,7 @@ def test_names_of_environments(sweep, make_sweep, tmp_path):
     assert read_sweep(sweep.root).environments == {"Toy": ["red", "green", "blue"]}
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_bytes_make_a_traceback(sweep, data):
     """Results and plan with some bytes changed, dropped or put in: read, or refused as bad usage."""

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from daft_domainbed.results.statistics import adjust_holm, bootstrap_mean, flip_signs, mean, standard_error
@@ -34,7 +34,6 @@ def test_sign_flips_by_hand():
     assert flip_signs([0.0, 0.0]) == 1.0
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(-10, 10), min_size=2, max_size=8))
 def test_sign_flips_against_scipy(values):
     scipy_stats = pytest.importorskip("scipy.stats")
