@@ -44,7 +44,7 @@ setup(
     keywords=["domain generalization", "DomainBed", "adversarial training", "knowledge distillation", "robustness"],
     packages=find_packages(include=["daft_domainbed", "daft_domainbed.*"]),
     package_data={
-        "daft_domainbed": ["py.typed"],
+        "daft_domainbed": ["py.typed", "pixels.c"],
         "daft_domainbed.embedded": ["data/*"],
         "daft_domainbed.results": ["templates/*"],
     },

@@ -26,6 +26,7 @@ class TrainArgs:
     Attributes:
         data_seed: What the data set is built under where it is not `seed`: a teacher's data are its student's.
         teachers_dir: The store of teachers; None is `teachers/` beside the output folder.
+        image_cache: A folder for decoded images; None decodes each image whenever it is read.
     """
 
     dataset: str = "RotatedMNIST"
@@ -48,6 +49,7 @@ class TrainArgs:
     device: str = "auto"
     precision: str = "fp32"
     teachers_dir: str | None = None
+    image_cache: str | None = None
     data_seed: int | None = None
 
 
@@ -191,5 +193,6 @@ def make_teacher_args(args: TrainArgs, request: Request, user: Mapping[str, Any]
         device=args.device,
         precision=args.precision,
         teachers_dir=str(folder.parent),
+        image_cache=args.image_cache,
         data_seed=request.data_seed,
     )

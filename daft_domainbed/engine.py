@@ -20,6 +20,7 @@ import torch
 from daft_domainbed import checkpoints, hparams, plugin, provenance, randomness, resume, stopping, streams
 from daft_domainbed.arguments import Job, TrainArgs, make_request, make_teacher_args, prepare
 from daft_domainbed.errors import RunError, UsageError
+from daft_domainbed.image_cache import cache_images
 from daft_domainbed.loaders import make_eval_stream, make_stream
 from daft_domainbed.locks import Claim
 from daft_domainbed.machine import describe_machine, keep_freed_memory
@@ -108,6 +109,8 @@ class _Run:
         torch.backends.cudnn.benchmark = False
         self.request = make_request(args, self.job.n_steps)
         self.data = build_data(self.host, self.request, self.hparams, self.job.dataset_class)
+        if args.image_cache:
+            cache_images(self.data.dataset.datasets, Path(args.image_cache), self.log.warn)
         if args.data_seed is not None:
             randomness.seed_everything(args.seed)
         check_sizes(self.data, self.request, self.hparams, self.job.dataset_class.ENVIRONMENTS)
@@ -125,6 +128,7 @@ class _Run:
         self._say_which_teacher()
         self.algorithm.to(self.device)
         self.precision = Precision(args.precision, self.device)
+        self.precision.prepare(self.algorithm, dataset.input_shape)
         self._start(saved)
         self._loop()
         self._finish()

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from daft_domainbed.errors import UsageError
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+_SMALL_SIDE = 32
 _UNSCALABLE = ("Fishr",)  # takes its gradients, sample by sample, from hooks inside backward
 
 
@@ -27,6 +28,16 @@ class Precision:
     def __init__(self, name: str, device: torch.device) -> None:
         self.device, self.dtype = device, PRECISIONS[name]
         self.scaler = _LossScaler() if name == "fp16" else None
+
+    def prepare(self, algorithm: torch.nn.Module, input_shape: Sequence[int]) -> None:
+        """Lay weights out as convolutions in fewer bits are fastest; in fp32, where numbers are the host's, not at all.
+
+        Args:
+            algorithm: Its parameters are laid out anew, in place.
+            input_shape: (C, H, W); small images gain nothing.
+        """
+        if self.dtype is not None and input_shape[-1] > _SMALL_SIDE:
+            algorithm.to(memory_format=torch.channels_last)
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:

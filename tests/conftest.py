@@ -27,7 +27,7 @@ FLAGS = {"dataset": "Debug28", "steps": 6, "checkpoint_freq": 2, "device": "cpu"
 
 # What no two runs share: times, and where they lie.
 TIMES = {"step_time", "seconds", "mem_gb"}
-PLACES = {"output_dir", "teachers_dir"}
+PLACES = {"output_dir", "teachers_dir", "image_cache"}
 
 
 class Tiny:

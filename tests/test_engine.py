@@ -32,7 +32,7 @@ UPSTREAM_FLAGS = {
     *("output_dir", "save_model_every_checkpoint", "seed", "skip_model_save", "steps", "task", "test_envs"),
     *("trial_seed", "uda_holdout_fraction"),
 }
-OUR_FLAGS = {"host", "device", "precision", "teachers_dir", "data_seed"}
+OUR_FLAGS = {"host", "device", "precision", "teachers_dir", "image_cache", "data_seed"}
 EVALUATIONS = ["env0_in", "env1_in", "env2_in", "env0_out", "env1_out", "env2_out"]
 
 
@@ -283,6 +283,34 @@ class TestData:
         with pytest.raises(UsageError, match="env 'a' has 3 training images but batch_size is 4"):
             tiny.train("trained", test_envs=[1], holdout_fraction=0.4, **flags)
 
+    def test_a_cache_of_decoded_images_changes_no_bit(
+        self, tiny: Any, image_folder: Path, tmp_path: Path, outcome: Callable[[Path], dict[str, str]]
+    ) -> None:
+        small = {"input_size": 16, "batch_size": 2, "teacher_steps": 2, "aft_steps": 1}
+        flags = {"dataset": f"folder:{image_folder}", "hparams": small, "algorithm": "DAFT", "steps": 3}
+        outcomes = []
+        for name, cache in (("plain", None), ("cached", str(tmp_path / "cache"))):
+            tiny.train(f"{name}/run", image_cache=cache, **flags)
+            outcomes.append(outcome(tiny.root / name))
+        assert outcomes[0] == outcomes[1]
+        assert len([*(tmp_path / "cache").glob("*/images")]) == 3
+
+    def test_an_interrupted_run_may_go_on_with_a_cache(self, tiny: Any, image_folder: Path, tmp_path: Path) -> None:
+        def stop(step: int, n_steps: int) -> None:
+            if step == 2:
+                raise KeyboardInterrupt
+
+        flags = {"dataset": f"folder:{image_folder}", "hparams": {"input_size": 16, "batch_size": 2}, "steps": 5}
+        whole = load_states(tiny.train("whole", checkpoint_freq=1, **flags))
+        with pytest.raises(KeyboardInterrupt):
+            tiny.train(checkpoint_freq=1, on_step=stop, **flags)
+        assert load_states(tiny.train(checkpoint_freq=1, image_cache=str(tmp_path / "cache"), **flags)) == whole
+
+    def test_a_cache_is_for_image_folders(self, tiny: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        tiny.train(image_cache=str(tmp_path / "cache"))
+        assert "--image_cache has no effect: no domain is a plain image folder" in capsys.readouterr().err
+        assert not (tmp_path / "cache").exists()
+
     def test_unlabelled_images_fewer_than_the_batch(self, tiny: Any) -> None:
         with pytest.raises(UsageError, match="unlabelled part of the held-out domains' has 6 training images"):
             tiny.train(uda_holdout_fraction=0.5)
@@ -377,6 +405,7 @@ class TestSecondStart:
             {"device": "auto"},
             {"data_dir": "/elsewhere"},
             {"teachers_dir": "/elsewhere"},
+            {"image_cache": "/elsewhere"},
         ],
         ids=str,
     )

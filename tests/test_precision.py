@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from daft_domainbed import plugin
+from daft_domainbed import checkpoints, plugin, resume
 from daft_domainbed.arguments import TrainArgs
 from daft_domainbed.attacks import run_pgd
 from daft_domainbed.engine import train
@@ -47,6 +47,24 @@ class Learner(nn.Module):
         self.optimizer.step()
         self.gradient = self.network.weight.grad.clone()
         return loss.item()
+
+
+class Convolving(nn.Module):
+    """An algorithm with images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 2, 3))
+        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=0.01)
+
+    def update(self) -> None:
+        x = torch.arange(2.0 * 3 * 40 * 40).sin().view(2, 3, 40, 40)
+        loss = self.network(x).square().mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
 
 
 def get_weights(learner: Learner) -> list[list[float]]:
@@ -108,6 +126,44 @@ def test_bf16_trains_every_stage_on_a_cpu(algorithm: str, attack: str | None, tm
     assert losses["bf16"] != losses["fp32"]
     assert {value.dtype for value in states["bf16"].values()} == {torch.float32, torch.int64}
     assert all(value.isfinite().all() for value in states["bf16"].values())
+
+
+def is_channels_last(learner: Convolving) -> bool:
+    return learner.network[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("precision", "side", "expected"), [("bf16", 64, True), ("bf16", 32, False), ("fp32", 64, False)]
+)
+def test_only_large_images_in_fewer_bits_have_another_layout(precision: str, side: int, expected: bool) -> None:
+    learner = Convolving()
+    weights = copy.deepcopy(learner.state_dict())
+    Precision(precision, CPU).prepare(learner, (3, side, side))
+    assert is_channels_last(learner) == expected
+    assert all(torch.equal(value, weights[name]) for name, value in learner.state_dict().items())
+
+
+def test_run_in_another_layout_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    def make() -> tuple[Precision, Convolving]:
+        precision, learner = Precision("bf16", CPU), Convolving()
+        precision.prepare(learner, (3, 40, 40))
+        return precision, learner
+
+    def learn(precision: Precision, learner: Convolving, steps: int) -> dict[str, Tensor]:
+        for _ in range(steps):
+            with precision.active():
+                learner.update()
+        return learner.state_dict()
+
+    whole = learn(*make(), 6)
+    run = make()
+    learn(*run, 3)
+    checkpoints.save({"algorithm": resume.capture(run[1])}, tmp_path / "resume.pt")
+    resumed = make()
+    resume.restore(resumed[1], checkpoints.load(tmp_path / "resume.pt")["algorithm"])
+    assert is_channels_last(resumed[1])
+    rest = learn(*resumed, 3)
+    assert all(torch.equal(rest[name], value) for name, value in whole.items())
 
 
 def test_fp16_is_refused_where_nothing_computes_it(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ _MAY_GROW: dict[str, Callable[[Any, Any], Any]] = {
     "n_hparams_from": min,
 }
 # Where a sweep lies and what it runs on do not make it another sweep.
-_INCIDENTAL = ("output_dir", "data_dir", "teachers_dir", "device")
+_INCIDENTAL = ("output_dir", "data_dir", "teachers_dir", "image_cache", "device")
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ class SweepArgs:
     device: str = "auto"
     precision: str = "fp32"
     teachers_dir: str | None = None
+    image_cache: str | None = None
     threads: int = 1
 
 
@@ -289,6 +290,7 @@ def _list_students(host: plugin.Host, sweep: SweepArgs, user: dict[str, Any]) ->
                             host=sweep.host,
                             device=sweep.device,
                             precision=sweep.precision,
+                            image_cache=sweep.image_cache,
                         )
 
 

@@ -56,6 +56,9 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--precision", default="fp32", choices=PRECISIONS, help="fp16 on CUDA only")
     parser.add_argument("--teachers_dir", help="the store of teachers; teachers/ beside the output folder by default")
+    parser.add_argument(
+        "--image_cache", metavar="DIR", help="decode the images of folders once, into files that jobs share"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

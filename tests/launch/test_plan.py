@@ -204,7 +204,7 @@ def test_stored_plan_says_what_the_sweep_consists_of(tmp_path: Path) -> None:
     assert plan["schema"] == 1
     assert plan["environments"] == {"Debug28": ["0", "1", "2"]}
     assert plan["args"]["algorithms"] == ["ERM", "KD", "DAFT"]
-    assert not {"output_dir", "data_dir", "teachers_dir", "device"} & plan["args"].keys()
+    assert not {"output_dir", "data_dir", "teachers_dir", "image_cache", "device"} & plan["args"].keys()
     jobs = make_plan(make_sweep(tmp_path, device="cpu"))
     assert [(job["stage"], job["folder"], job["needs"]) for job in plan["jobs"]] == [
         (job.stage, job.folder, job.needs) for job in jobs

@@ -47,6 +47,7 @@ class SweepMaker:
             "device": "cpu",
             "precision": "fp32",
             "teachers_dir": None,
+            "image_cache": None,
             "data_seed": None,
         }
         return {**args, **changes}

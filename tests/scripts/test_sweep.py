@@ -137,14 +137,14 @@ def test_folder_alone_is_enough_to_go_on(sweep: Sweep, outcome: Outcome) -> None
 
 
 def test_store_and_data_folder_are_remembered(sweep: Sweep, tmp_path: Path) -> None:
-    flags = ["--teachers_dir", str(tmp_path / "store"), "--data_dir", str(tmp_path)]
+    flags = ["--teachers_dir", str(tmp_path / "store"), "--data_dir", str(tmp_path), "--image_cache", str(tmp_path)]
     sweep.launch(*KD, *SMALL, *flags)
     shutil.rmtree(sweep.root / sweep.jobs[-1].folder)
     before = read_tree(tmp_path / "store")
     sweep.launch()
     assert read_tree(tmp_path / "store") == before
     assert not (sweep.root / "teachers").exists()
-    assert {job.args.data_dir for job in sweep.jobs} == {str(tmp_path)}
+    assert {(job.args.data_dir, job.args.image_cache) for job in sweep.jobs} == {(str(tmp_path), str(tmp_path))}
     assert {job.args.device for job in sweep.jobs} == {"cpu"}
 
 

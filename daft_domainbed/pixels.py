@@ -1,0 +1,124 @@
+"""Jittered pixels as a tensor: in C where the machine has a compiler, with torchvision's own functions elsewhere.
+
+Both give torchvision's numbers to the last bit. The C is compiled when it is first needed, kept in the user's cache
+folder, and compared with torchvision each time it is loaded: another Pillow might compute otherwise.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torchvision.transforms import functional
+
+BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAYSCALE = range(5)  # the first four as ColorJitter numbers them
+
+# The last two keep an expression's own roundings, but let it be computed where its result is not used.
+_FLAGS = ("-shared", "-fPIC", "-O3", "-ffp-contract=off", "-fno-trapping-math")
+
+Step = tuple[int, float]
+Render = Callable[[Image.Image, Sequence[Step], bool, NDArray[np.float32], NDArray[np.float32]], None]
+
+
+def render(
+    image: Image.Image, steps: Sequence[Step], is_mirrored: bool, table: NDArray[np.float32], out: NDArray[np.float32]
+) -> None:
+    """Jitter and mirror an image, and look its pixels up.
+
+    Args:
+        image: Of three channels.
+        steps: What to do, in this order, and by how much: the factors of torchvision's functions.
+        is_mirrored: Whether left and right change places.
+        table: What each value of each channel becomes, [3, 256].
+        out: Takes the result, [3, H, W].
+    """
+    chosen = _load_compiled() if image.mode == "RGB" else None
+    (chosen or _render_with_torchvision)(image, steps, is_mirrored, table, out)
+
+
+def _render_with_torchvision(
+    image: Image.Image, steps: Sequence[Step], is_mirrored: bool, table: NDArray[np.float32], out: NDArray[np.float32]
+) -> None:
+    adjust: list[Callable[..., Image.Image]] = [
+        functional.adjust_brightness,
+        functional.adjust_contrast,
+        functional.adjust_saturation,
+        functional.adjust_hue,
+        lambda image, _: functional.rgb_to_grayscale(image, num_output_channels=3),
+    ]
+    for kind, by in steps:
+        image = adjust[kind](image, by)
+    pixels = np.asarray(functional.hflip(image) if is_mirrored else image)
+    for channel in range(3):
+        table[channel].take(pixels[..., channel], out=out[channel], mode="clip")
+
+
+@functools.cache
+def _load_compiled() -> Render | None:
+    """Return the compiled `render`, or None where it cannot be had or its numbers are not torchvision's."""
+    try:
+        transform = ctypes.CDLL(str(_compile())).transform
+    except (OSError, RuntimeError, subprocess.SubprocessError):  # no home or cache folder, no compiler, no success
+        return None
+    integers, floats = np.ctypeslib.ndpointer(np.int32), np.ctypeslib.ndpointer(np.float32, flags="C_CONTIGUOUS")
+    pixels = np.ctypeslib.ndpointer(np.uint8, ndim=3, flags="C_CONTIGUOUS")
+    transform.argtypes = [pixels, *[ctypes.c_int] * 4, integers, floats, floats, floats]
+
+    def render_compiled(
+        image: Image.Image,
+        steps: Sequence[Step],
+        is_mirrored: bool,
+        table: NDArray[np.float32],
+        out: NDArray[np.float32],
+    ) -> None:
+        kinds = np.array([kind for kind, _ in steps], dtype=np.int32)
+        by = np.array([int(by * 255) & 255 if kind == HUE else by for kind, by in steps], dtype=np.float32)
+        height, width = out.shape[1:]
+        if transform(np.asarray(image), height, width, is_mirrored, len(steps), kinds, by, table, out):
+            raise MemoryError(f"no memory for an image of {width} x {height} pixels")
+
+    return render_compiled if _agrees(render_compiled) else None
+
+
+def _compile() -> Path:
+    source = Path(__file__).with_name("pixels.c")
+    command = [*shlex.split(os.environ.get("CC", "cc")), *_FLAGS]
+    made_of = [source.read_bytes(), " ".join(command).encode(), platform.platform().encode()]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "daft_domainbed")
+    library = folder / f"pixels-{hashlib.sha256(b''.join(made_of)).hexdigest()[:16]}.so"
+    if not library.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            made = Path(scratch, library.name)
+            subprocess.run([*command, str(source), "-o", str(made)], check=True, capture_output=True, timeout=60)
+            made.replace(library)
+    return library
+
+
+def _agrees(render_compiled: Render) -> bool:
+    """Compare with torchvision on colours from everywhere, through every step below and beyond a factor of 1."""
+    values: NDArray[Any] = np.arange(64 * 65 * 3, dtype=np.uint64) * 2654435761 >> 16
+    image = Image.fromarray(values.astype(np.uint8).reshape(64, 65, 3))
+    table = np.arange(3 * 256, dtype=np.float32).reshape(3, 256)
+    for steps in (
+        [(BRIGHTNESS, 0.7), (CONTRAST, 1.3), (SATURATION, 0.7), (HUE, -0.3)],
+        [(HUE, 0.2), (SATURATION, 1.3), (CONTRAST, 0.8), (BRIGHTNESS, 1.2), (GRAYSCALE, 0)],
+    ):
+        ours, theirs = (np.empty((3, 64, 65), dtype=np.float32) for _ in range(2))
+        render_compiled(image, steps, True, table, ours)
+        _render_with_torchvision(image, steps, True, table, theirs)
+        if not np.array_equal(ours, theirs):
+            return False
+    return True
