@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,7 @@ class _Headless(nn.Module):
         name: For messages.
     """
 
-    rebuilt = ("theirs", "ours", "memory")  # nothing that a resumed run would miss
+    rebuilt = ("theirs", "ours")  # nothing that a resumed run would miss
 
     def __init__(
         self,
@@ -95,15 +95,10 @@ class _Headless(nn.Module):
         super().__init__()
         self.network, self.side = network, side
         self.theirs, self.ours = theirs, ours
-        self.memory: FeatureMemory | None = None
         shape = input_shape if side is None else (input_shape[0], side, side)
         self.n_outputs = _count_features(network, shape, name)
 
     def forward(self, x: Tensor) -> Tensor:
-        # An attack needs the gradient, which no memory has.
-        return self._encode(x) if self.memory is None or x.requires_grad else self.memory.recall(x, self._encode)
-
-    def _encode(self, x: Tensor) -> Tensor:
         if self.side is not None and x.shape[-1] != self.side:
             x = F.interpolate(x, size=(self.side, self.side), mode="bilinear", align_corners=False)
         if self.theirs.has_box and self.theirs != self.ours:
@@ -150,13 +145,20 @@ def _get_own_spec(network: nn.Module) -> InputSpec:
     return InputSpec(tuple(config["mean"]), tuple(config["std"])) if "mean" in config else IMAGENET
 
 
-def freeze(module: nn.Module) -> nn.Module:
-    """Freeze a module in place: no gradients, evaluation mode for ever, whatever train() is called above it."""
+def freeze(module: nn.Module, *, remembers: bool = False) -> nn.Module:
+    """Freeze a module in place: no gradients, evaluation mode for ever, whatever train() is called above it.
+
+    Args:
+        module: Any; a torchvision or timm backbone, which is expensive, remembers its features in any case.
+        remembers: It maps images to features, and is to keep those of images that come again.
+    """
     module.requires_grad_(False)
     module.eval()
-    if not isinstance(module, _Frozen):
-        module.__class__ = type(f"Frozen{type(module).__name__}", (_Frozen, type(module)), {})
-    if isinstance(module, _Headless):
+    mixin = _Remembering if remembers or isinstance(module, _Headless) else _Frozen
+    if not isinstance(module, mixin):
+        content = {"rebuilt": (*getattr(module, "rebuilt", ()), "memory")}
+        module.__class__ = type(f"Frozen{type(module).__name__}", (mixin, type(module)), content)
+    if isinstance(module, _Remembering):
         module.memory = FeatureMemory()
     return module
 
@@ -164,6 +166,15 @@ def freeze(module: nn.Module) -> nn.Module:
 class _Frozen:
     def train(self, mode: bool = True) -> Any:
         return self
+
+
+class _Remembering(_Frozen):
+    memory: FeatureMemory
+
+    def forward(self, x: Tensor) -> Tensor:
+        encode: Callable[[Tensor], Tensor] = super().forward  # type: ignore[misc]  # of the class that it is mixed into
+        # An attack needs the gradient, which no memory has.
+        return encode(x) if x.requires_grad else self.memory.recall(x, encode)
 
 
 def _build_torchvision(name: str, weights: str) -> nn.Module:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 
 import pytest
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from daft_domainbed.attacks import INPUT_SPECS
 from daft_domainbed.backbones import ResNet8, build_backbone, freeze
 from daft_domainbed.errors import UsageError
+from daft_domainbed.feature_memory import FeatureMemory
 
 # --- resnet8 -----------------------------------------------------------------------------------------------------
 
@@ -381,27 +383,39 @@ def test_freezing_one_network_leaves_others_of_its_class() -> None:
     assert all(parameter.requires_grad for parameter in other.parameters())
 
 
-def test_a_frozen_backbone_remembers_its_answers() -> None:
-    network = build_backbone("shufflenet_v2_x0_5", (3, 32, 32), "none").eval()
+@pytest.fixture(params=["shufflenet_v2_x0_5", "resnet8_w2"])
+def remembering(request: pytest.FixtureRequest) -> Any:
+    return freeze(build_backbone(request.param, (3, 32, 32), "none"), remembers=True)
+
+
+def test_a_frozen_backbone_remembers_its_answers(remembering: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.rand(3, 3, 32, 32)
-    answer = network(x)
-    freeze(network)
-    first = network(x)
-    torch.testing.assert_close(first, answer)
-    network.network.forward = None  # from here on, encoding an image fails
-    assert torch.equal(network(x.flip(0)), first.flip(0))
-    assert torch.equal(copy.deepcopy(network)(x), first)
+    first = remembering(x)
+    twin = copy.deepcopy(remembering)
+    with monkeypatch.context() as patch:
+        patch.setattr(remembering, "memory", FeatureMemory())
+        torch.testing.assert_close(remembering(x), first)
+    for module in remembering.modules():
+        if isinstance(module, nn.Conv2d):
+            module.forward = None  # type: ignore[assignment]  # from here on, encoding an image fails
+    assert torch.equal(remembering(x.flip(0)), first.flip(0))
+    assert torch.equal(twin(x), first)
     with pytest.raises(TypeError):
-        network(x + 1)
+        remembering(x + 1)
 
 
-def test_a_frozen_backbone_passes_an_attack_its_gradient() -> None:
-    network = freeze(build_backbone("shufflenet_v2_x0_5", (3, 32, 32), "none"))
+def test_a_frozen_backbone_passes_an_attack_its_gradient(remembering: Any) -> None:
     x = torch.rand(2, 3, 32, 32)
-    network(x)  # remembered, but without a gradient
+    remembering(x)  # remembered, but without a gradient
     x.requires_grad_()
-    (gradient,) = torch.autograd.grad(network(x).square().sum(), x)
+    (gradient,) = torch.autograd.grad(remembering(x).square().sum(), x)
     assert gradient.abs().sum() > 0
+
+
+def test_only_an_expensive_backbone_remembers_unasked() -> None:
+    assert not hasattr(freeze(ResNet8(3, 2)), "memory")
+    assert hasattr(freeze(build_backbone("shufflenet_v2_x0_5", (3, 32, 32), "none")), "memory")
+    assert hasattr(freeze(freeze(ResNet8(3, 2)), remembers=True), "memory")
 
 
 def test_narrow_network_survives_larger_images() -> None:

@@ -89,6 +89,16 @@ def test_without_radius_it_is_plain_fine_tuning_of_the_head(
         assert not torch.equal(value, load_plain(bench)[1].state_dict()[name])
 
 
+def test_images_that_come_again_are_encoded_once(bench: Any) -> None:
+    heads = []
+    for augmented in (True, False):
+        aft = bench.make("AFT", aft_attack="features", data_augmentation=augmented, **OPTIMIZER)
+        assert hasattr(aft.featurizer, "memory") != augmented
+        bench.train(aft, 5)
+        heads.append(aft.classifier.weight)
+    torch.testing.assert_close(*heads)
+
+
 @pytest.mark.parametrize("attack", ["pixels", "features"])
 def test_without_weight_the_radius_does_not_matter(bench: Any, attack: str) -> None:
     aft = bench.make("AFT", aft_eps=1.0, aft_attack=attack, aft_weight=0.0, aft_target_mix=0.5, **OPTIMIZER)
