@@ -12,7 +12,7 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import functional
 
-from daft_domainbed.pixels import GRAYSCALE, Step, render
+from daft_domainbed.pixels import GRAYSCALE, Step, load_compiled, render
 
 _AUGMENTING = [transforms.RandomResizedCrop, transforms.RandomHorizontalFlip, transforms.ColorJitter]
 _AUGMENTING += [transforms.RandomGrayscale, transforms.ToTensor, transforms.Normalize]
@@ -40,6 +40,7 @@ class SplitTransform:
         self.geometry, *self.augmenting = parts[:-2]
         self.draws = bool(self.augmenting)
         self.height, self.width = self.geometry.size
+        load_compiled()
         values = np.arange(256, dtype=np.uint8).repeat(3).reshape(256, 1, 3)
         self.table = transforms.Compose(parts[-2:])(values)[:, :, 0].contiguous().numpy()
 

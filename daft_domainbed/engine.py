@@ -109,13 +109,13 @@ class _Run:
         torch.backends.cudnn.benchmark = False
         self.request = make_request(args, self.job.n_steps)
         self.data = build_data(self.host, self.request, self.hparams, self.job.dataset_class)
-        if args.image_cache:
-            cache_images(self.data.dataset.datasets, Path(args.image_cache), self.log.warn)
         if args.data_seed is not None:
             randomness.seed_everything(args.seed)
         check_sizes(self.data, self.request, self.hparams, self.job.dataset_class.ENVIRONMENTS)
         if args.task == "domain_adaptation" and not self.data.uda_splits:
             raise UsageError(NO_UNLABELLED)
+        if args.image_cache:
+            cache_images(self.data.dataset, Path(args.image_cache), self.log.warn)
         self._make_streams()
         self.facts = _gather_facts(args, self.host, self.request, self.data, self.hparams, self.folder, self.log.warn)
         if saved is not None:
@@ -129,6 +129,8 @@ class _Run:
         self.algorithm.to(self.device)
         self.precision = Precision(args.precision, self.device)
         self.precision.prepare(self.algorithm, dataset.input_shape)
+        if isinstance(teacher := getattr(self.algorithm, "teacher", None), Teacher):
+            self.precision.prepare(teacher.model, dataset.input_shape)
         self._start(saved)
         self._loop()
         self._finish()
@@ -250,6 +252,8 @@ class _Run:
 
     def _to_device(self, batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         x, y = batch
+        if self.device.type == "cuda":
+            x = x.pin_memory()  # only from there can it be copied while the GPU computes
         return x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
 
     def _explain_non_finite(self, name: str, value: float) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 _CHUNK = 16  # images encoded at a time: always as many, so that what was kept before cannot change a rounding
 _SAMPLE = 256  # numbers of an image, at least, that tell it from most others
+_ENTRY = 1024  # bytes that an image takes beside its features, about
 _PATIENCE = 4096  # images without one that came before, after which an image is kept only when it comes again
 
 
@@ -20,7 +21,7 @@ class FeatureMemory:
     of its numbers only, and no features are kept. On an accelerator encoding is quicker than comparing.
 
     Args:
-        max_bytes: Of the features kept.
+        max_bytes: Of what is kept.
     """
 
     def __init__(self, max_bytes: int = 2**28) -> None:
@@ -63,7 +64,7 @@ class FeatureMemory:
         for i, sample in enumerate(samples):
             self._kept.pop(sample, None)  # the latest come last
             self._kept[sample] = (wholes[i], features[i].clone()) if i in wholes else None
-        self._forget(features[0].nbytes if features else 1)
+        self._forget(_ENTRY + (features[0].nbytes if features else 0))
         return torch.stack([features[i] for i in range(len(images))])
 
     def _forget(self, size: int) -> None:

@@ -27,14 +27,13 @@ from numpy.typing import NDArray
 from PIL import Image, features
 from torchvision.datasets import ImageFolder
 
-from daft_domainbed import locks, stopping
+from daft_domainbed import locks, plugin, stopping
 from daft_domainbed.checkpoints import writing_atomically
 from daft_domainbed.errors import UsageError
 
 _SIGNATURE = b"DAFTimg1"
 _HEAD = len(_SIGNATURE) + hashlib.sha256().digest_size
 _ROW = np.dtype([("height", "<u4"), ("width", "<u4"), ("crc", "<u4")])
-_AT_ONCE = 256  # images in memory while a file is made
 
 Loader = Callable[[str], Image.Image]
 
@@ -43,7 +42,7 @@ def cache_images(domains: Iterable[Any], folder: Path, say: Callable[[str], None
     """Have each image folder among a data set's domains read from a file of decoded images, made where there is none.
 
     Args:
-        domains: Of the data set; those that are no plain image folder are left alone.
+        domains: Of the data set; those that are no plain image folder (`plugin.is_plain_folder`) are left alone.
         folder: Of the files.
         say: Told when a file is made, waited for or found damaged; standard error where None.
 
@@ -52,12 +51,11 @@ def cache_images(domains: Iterable[Any], folder: Path, say: Callable[[str], None
         OSError: The disk is full; nothing half-made is left.
     """
     say = say or functools.partial(print, file=sys.stderr, flush=True)
-    folders = [domain for domain in domains if type(domain) is ImageFolder]
+    folders = [domain for domain in domains if plugin.is_plain_folder(domain)]
     if not folders:
         say("--image_cache has no effect: no domain is a plain image folder")
     for domain in folders:
-        if not isinstance(domain.loader, CachedImages):
-            domain.loader = _open(domain, folder, say)
+        domain.loader = _open(domain, folder, say)
 
 
 class CachedImages:
@@ -92,16 +90,24 @@ class CachedImages:
             raise ValueError(f"{file} is damaged")
         self.indices = {path: i for i, path in enumerate(paths)}
         self.is_checked = np.zeros(len(paths), dtype=bool)
+        self.is_reported = False
 
     def __call__(self, path: str) -> Image.Image:
         """Return an image, whose pixels are compared with their checksum when they are first read."""
         i = self.indices[path]
         row, pixels = self.rows[i], self.bytes[self.starts[i] : self.ends[i]]
         if not self.is_checked[i] and zlib.crc32(pixels.data) != row["crc"]:
-            self.say(f"{self.file} is damaged, and {path} read in its place: delete it, the next run makes it anew")
+            if not self.is_reported:
+                self.say(f"{self.file} is damaged, at {path} at least: delete it, the next run makes it anew")
+            self.is_reported = True
             return self.load(path)
         self.is_checked[i] = True
         return Image.fromarray(pixels.reshape(row["height"], row["width"], 3))
+
+    def get_size(self, path: str) -> tuple[int, int]:
+        """Return an image's width and height."""
+        row = self.rows[self.indices[path]]
+        return int(row["width"]), int(row["height"])
 
 
 def _open(domain: ImageFolder, folder: Path, say: Callable[[str], None]) -> CachedImages:
@@ -113,11 +119,11 @@ def _open(domain: ImageFolder, folder: Path, say: Callable[[str], None]) -> Cach
         return open_file()
     try:
         place.mkdir(parents=True, exist_ok=True)
-        with _claim(place, say):
+        with _claim(place, say) as claim:
             with suppress(OSError, ValueError):  # another process has made it meanwhile
                 return open_file()
             say(f"decoding the {len(paths)} images of {domain.root} into {file}")
-            _make(file, paths, key, domain.loader)
+            _make(file, paths, key, domain.loader, claim)
             return open_file()
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -126,12 +132,12 @@ def _open(domain: ImageFolder, folder: Path, say: Callable[[str], None]) -> Cach
 
 
 @contextmanager
-def _claim(place: Path, say: Callable[[str], None]) -> Iterator[None]:
+def _claim(place: Path, say: Callable[[str], None]) -> Iterator[locks.Claim]:
     """Claim a folder, waiting for the process that has it."""
     is_told = False
     while True:
-        with suppress(locks.Claimed), locks.claim(place):
-            yield
+        with suppress(locks.Claimed), locks.claim(place) as claim:
+            yield claim
             return
         _stop_if_asked(f"waiting for another process in {place}")
         if not is_told:
@@ -153,7 +159,7 @@ def _describe(domain: ImageFolder) -> bytes:
     digest = hashlib.sha256(repr([*how, sorted(getattr(loader, "keywords", {}).items())]).encode())
     for path, _ in domain.samples:
         stat = os.stat(path)
-        digest.update(f"{os.path.relpath(path, domain.root)}\0{stat.st_size} {stat.st_mtime_ns}\n".encode())
+        digest.update(f"{path[len(str(domain.root)) :]}\0{stat.st_size} {stat.st_mtime_ns}\n".encode())
     return digest.digest()
 
 
@@ -161,13 +167,15 @@ def _make_head(key: bytes, table: bytes) -> bytes:
     return _SIGNATURE + hashlib.sha256(key + table).digest()
 
 
-def _make(file: Path, paths: Sequence[str], key: bytes, load: Loader) -> None:
-    with writing_atomically(file) as out, ThreadPoolExecutor(torch.get_num_threads()) as pool:
+def _make(file: Path, paths: Sequence[str], key: bytes, load: Loader, claim: locks.Claim) -> None:
+    threads = torch.get_num_threads()
+    with writing_atomically(file) as out, ThreadPoolExecutor(threads) as pool:
         out.seek(_HEAD + len(paths) * _ROW.itemsize)
         rows: list[tuple[int, int, int]] = []
-        while chunk := paths[len(rows) : len(rows) + _AT_ONCE]:
+        while chunk := paths[len(rows) : len(rows) + 4 * threads]:  # which are in memory at once
             rows += [_write(out, pixels) for pixels in pool.map(functools.partial(_decode, load), chunk)]
             _stop_if_asked(f"decoding images into {file}")
+            claim.check()
         table = np.array(rows, dtype=_ROW).tobytes()
         out.seek(0)
         out.write(_make_head(key, table) + table)
@@ -178,8 +186,6 @@ def _decode(load: Loader, path: str) -> NDArray[np.uint8]:
         image = load(path)
     except (OSError, SyntaxError, ValueError) as error:  # all that Pillow raises on a broken file
         raise UsageError(f"broken image {path} ({error}): mend or remove it") from error
-    if image.mode != "RGB":
-        raise UsageError(f"{path} is decoded as {image.mode}, and --image_cache is for RGB alone: leave it out")
     return np.asarray(image)
 
 

@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import TensorDataset, default_collate
-from torchvision.datasets import ImageFolder
 
+from daft_domainbed import plugin
 from daft_domainbed.augmentation import SplitTransform, split_transform
 from daft_domainbed.errors import UsageError
+from daft_domainbed.image_cache import CachedImages
 from daft_domainbed.randomness import States
 from daft_domainbed.streams import Stream
 
@@ -35,7 +36,8 @@ def make_eval_stream(split: Any, num_workers: int) -> Stream:
 
 def _make_stream(split: Any, *sizes: int, **options: Any) -> Stream:
     data = split.underlying_dataset
-    if type(data) is ImageFolder and data.target_transform is None and (transform := split_transform(data.transform)):
+    is_plain = plugin.is_plain_folder(data) or isinstance(getattr(data, "loader", None), CachedImages)
+    if is_plain and (transform := split_transform(data.transform)):
         return _ImageStream(_Images(split, transform), len(split), *sizes, draws=transform.draws, **options)
     fetch, draws = _make_fetch(split)
     return Stream(fetch, len(split), *sizes, draws=draws, **options)
@@ -93,18 +95,16 @@ class _Images:
         keys = [self.keys[index] for index in indices]
         threads = torch.get_num_threads()
         pool = _get_pool(os.getpid(), threads)
-        opened: dict[int, Image.Image] = {}
         if self.transform.draws:  # which depends on an image's size
             unknown = [key for key in dict.fromkeys(keys) if key not in self.sizes]
-            opened = dict(zip(unknown, pool.map(self._open, unknown), strict=True))
-            self.sizes |= {key: image.size for key, image in opened.items()}
+            self.sizes |= zip(unknown, pool.map(self._measure, unknown), strict=True)
         draws = [self.transform.draw(*self.sizes[key][::-1]) if self.transform.draws else None for key in keys]
         x = torch.empty(len(keys), 3, self.transform.height, self.transform.width)
         out = x.numpy()
 
         def compute(first: int) -> None:
             for i in range(first, len(keys), threads):
-                image = opened.get(keys[i]) or self._open(keys[i])
+                image = self._open(keys[i])
                 if draws[i] is not None and image.size != self.sizes[keys[i]]:
                     raise UsageError(f"{self.data.samples[keys[i]][0]} has changed since the run began")
                 self.transform.apply(image, draws[i], out[i])
@@ -115,6 +115,19 @@ class _Images:
     def _open(self, key: int) -> Image.Image:
         image: Image.Image = _read(self.data.loader, self.data.samples[key][0])
         return image
+
+    def _measure(self, key: int) -> tuple[int, int]:
+        path = self.data.samples[key][0]
+        if isinstance(self.data.loader, CachedImages):
+            return self.data.loader.get_size(path)
+        size: tuple[int, int] | None = _read(_read_size, path)
+        return size or self._open(key).size
+
+
+def _read_size(path: str) -> tuple[int, int] | None:
+    """Return (width, height) from an image's first bytes, or None for a format that may turn it while it is decoded."""
+    with Image.open(path) as image:
+        return image.size if image.format in ("JPEG", "PNG") else None
 
 
 @functools.cache

@@ -15,6 +15,7 @@ import shlex
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def render(
         table: What each value of each channel becomes, [3, 256].
         out: Takes the result, [3, H, W].
     """
-    chosen = _load_compiled() if image.mode == "RGB" else None
+    chosen = load_compiled() if image.mode == "RGB" else None
     (chosen or _render_with_torchvision)(image, steps, is_mirrored, table, out)
 
 
@@ -66,11 +67,14 @@ def _render_with_torchvision(
 
 
 @functools.cache
-def _load_compiled() -> Render | None:
-    """Return the compiled `render`, or None where it cannot be had or its numbers are not torchvision's."""
+def load_compiled() -> Render | None:
+    """Return the compiled `render`, or None where it cannot be had or its numbers are not torchvision's.
+
+    To be called before threads need it: each would compile.
+    """
     try:
-        transform = ctypes.CDLL(str(_compile())).transform
-    except (OSError, RuntimeError, subprocess.SubprocessError):  # no home or cache folder, no compiler, no success
+        transform = _load_library().transform
+    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError):  # no cache folder, no compiler, no success
         return None
     integers, floats = np.ctypeslib.ndpointer(np.int32), np.ctypeslib.ndpointer(np.float32, flags="C_CONTIGUOUS")
     pixels = np.ctypeslib.ndpointer(np.uint8, ndim=3, flags="C_CONTIGUOUS")
@@ -92,19 +96,40 @@ def _load_compiled() -> Render | None:
     return render_compiled if _agrees(render_compiled) else None
 
 
-def _compile() -> Path:
+def _load_library() -> ctypes.CDLL:
+    """Load the library, compiling it where there is none or a broken one.
+
+    Raises:
+        OSError: It cannot be compiled, or somebody else could have put it there.
+    """
     source = Path(__file__).with_name("pixels.c")
     command = [*shlex.split(os.environ.get("CC", "cc")), *_FLAGS]
     made_of = [source.read_bytes(), " ".join(command).encode(), platform.platform().encode()]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "daft_domainbed")
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _check_ours(folder)
     library = folder / f"pixels-{hashlib.sha256(b''.join(made_of)).hexdigest()[:16]}.so"
-    if not library.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            made = Path(scratch, library.name)
-            subprocess.run([*command, str(source), "-o", str(made)], check=True, capture_output=True, timeout=60)
-            made.replace(library)
-    return library
+    if library.is_file():
+        _check_ours(library)
+        with suppress(OSError, AttributeError):  # what a power loss has left of it
+            return _open(library)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        made = Path(scratch, library.name)
+        subprocess.run([*command, str(source), "-o", str(made)], check=True, capture_output=True, timeout=60)
+        made.replace(library)
+    return _open(library)
+
+
+def _open(library: Path) -> ctypes.CDLL:
+    loaded = ctypes.CDLL(str(library))
+    loaded.transform  # noqa: B018  # an AttributeError where there is none
+    return loaded
+
+
+def _check_ours(path: Path) -> None:
+    stat = path.stat()
+    if stat.st_uid != os.getuid() or stat.st_mode & 0o022:
+        raise OSError(f"{path} can be written by others")
 
 
 def _agrees(render_compiled: Render) -> bool:

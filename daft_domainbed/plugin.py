@@ -362,6 +362,18 @@ def _has_ancestor(kind: type | None, name: str) -> bool:
     return kind is not None and any(ancestor.__name__ == name for ancestor in kind.__mro__)
 
 
+def is_plain_folder(data: Any) -> bool:
+    """Return whether a domain is an image folder whose images are the same whoever reads them, in whatever order."""
+    from torchvision.datasets import ImageFolder
+    from torchvision.datasets.folder import default_loader
+
+    from daft_domainbed.embedded.datasets import read_image
+
+    loader = getattr(data, "loader", None)
+    is_known = getattr(loader, "func", loader) in (default_loader, read_image)  # the latter as a partial
+    return type(data) is ImageFolder and data.target_transform is None and is_known
+
+
 # --- an unmodified upstream module, run as it stands ----------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ from daft_domainbed.errors import UsageError
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SMALL_SIDE = 32
+_NUMPYS = ("RSC",)  # hands gradients to NumPy, which has no bfloat16
 _UNSCALABLE = ("Fishr",)  # takes its gradients, sample by sample, from hooks inside backward
 
 
@@ -29,15 +30,17 @@ class Precision:
         self.device, self.dtype = device, PRECISIONS[name]
         self.scaler = _LossScaler() if name == "fp16" else None
 
-    def prepare(self, algorithm: torch.nn.Module, input_shape: Sequence[int]) -> None:
+    def prepare(self, model: torch.nn.Module, input_shape: Sequence[int]) -> None:
         """Lay weights out as convolutions in fewer bits are fastest; in fp32, where numbers are the host's, not at all.
 
         Args:
-            algorithm: Its parameters are laid out anew, in place.
+            model: Its convolutions' weights are laid out anew, in place.
             input_shape: (C, H, W); small images gain nothing.
         """
         if self.dtype is not None and input_shape[-1] > _SMALL_SIDE:
-            algorithm.to(memory_format=torch.channels_last)
+            for parameter in model.parameters():
+                if parameter.dim() == 4:
+                    parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -59,11 +62,14 @@ class Precision:
 
 
 def check_precision(name: str, device: torch.device, algorithm: str = "ERM") -> None:
-    """Refuse fp16 where nothing computes it, or where it would compute something else.
+    """Refuse a precision where nothing computes it, or where it would compute something else.
 
     Raises:
-        UsageError: fp16 on anything but CUDA, or for an algorithm whose gradients would be the scaled loss's.
+        UsageError: fp16 on anything but CUDA, or for an algorithm whose gradients would be the scaled loss's; bf16 for
+            one that computes with NumPy.
     """
+    if name == "bf16" and algorithm in _NUMPYS:
+        raise UsageError(f"--precision bf16: {algorithm} computes with NumPy, which has no bfloat16: use fp32")
     if name != "fp16":
         return
     if device.type != "cuda":

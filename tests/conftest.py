@@ -17,7 +17,8 @@ from typing import Any, ClassVar
 import pytest
 from hypothesis import settings
 
-# The same examples every time; --hypothesis-profile=default looks for new ones.
+# The same examples every time; --hypothesis-profile=random looks for new ones.
+settings.register_profile("random", deadline=None)
 settings.register_profile("deterministic", deadline=None, derandomize=True)
 settings.load_profile("deterministic")
 

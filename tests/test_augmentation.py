@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
@@ -72,13 +72,11 @@ def compare(transform: transforms.Compose, image: Image.Image, seed: int) -> Non
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@settings(deadline=None)
 @given(augmentations(), images(), st.integers(0, 2**31))
 def test_augmentation_is_torchvisions(transform: transforms.Compose, image: Image.Image, seed: int) -> None:
     compare(transform, image, seed)
 
 
-@settings(deadline=None)
 @given(st.tuples(st.integers(1, 40), st.integers(1, 40)), images())
 def test_resizing_is_torchvisions_and_draws_nothing(size: tuple[int, int], image: Image.Image) -> None:
     compare(transforms.Compose([transforms.Resize(size), *FINISH]), image, seed=0)

@@ -42,7 +42,7 @@ def test_answers_as_the_encoder_does_and_asks_it_once_an_image(batches: list[lis
 
 
 def test_is_bounded_and_forgets_what_was_asked_for_longest_ago() -> None:
-    memory, encoder = FeatureMemory(max_bytes=2 * 3 * 4), Encoder()  # two images' features of 3 floats
+    memory, encoder = FeatureMemory(max_bytes=2 * (1024 + 3 * 4)), Encoder()  # two images' features of 3 floats
     memory.recall(make_images([1, 2, 3]), encoder)
     memory.recall(make_images([2, 3]), encoder)
     assert encoder.seen == [4.0, 8.0, 12.0]
@@ -71,7 +71,7 @@ def test_where_nothing_recurs_nothing_is_kept_until_something_does(monkeypatch: 
 def test_patience_changes_no_answer(batches: list[list[int]]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(feature_memory, "_PATIENCE", 5)
-        memory, encoder = FeatureMemory(max_bytes=10 * 3 * 4), Encoder()
+        memory, encoder = FeatureMemory(max_bytes=10 * (1024 + 3 * 4)), Encoder()
         for values in batches:
             features = memory.recall(make_images(values), encoder)
             assert features.tolist() == [[4.0 * value] * 3 for value in values]

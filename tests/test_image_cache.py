@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import default_loader
@@ -77,7 +78,7 @@ def test_images_are_pillows_and_decoded_once(root: Path, folder: Path) -> None:
 
 
 def test_more_images_than_are_in_memory_at_once(root: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_cache, "_AT_ONCE", 3)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert_reads_right(open_domain(root, folder)[0])
 
 
@@ -174,9 +175,10 @@ def test_damaged_image_is_read_from_its_own_file(root: Path, folder: Path) -> No
     damage(file, 136 + 7 * 5 * 3 + 1000)  # in the second image
     domain, said = open_domain(root, folder)
     assert said == []
-    assert_reads_right(domain)
+    for _ in range(2):  # but reported once
+        assert_reads_right(domain)
     second = root / "x" / "1.jpg"
-    assert said == [f"{file} is damaged, and {second} read in its place: delete it, the next run makes it anew"]
+    assert said == [f"{file} is damaged, at {second} at least: delete it, the next run makes it anew"]
 
 
 def test_broken_image_is_named_and_leaves_nothing(root: Path, folder: Path) -> None:
@@ -185,12 +187,6 @@ def test_broken_image_is_named_and_leaves_nothing(root: Path, folder: Path) -> N
     with pytest.raises(UsageError, match=rf"^broken image {broken} .*: mend or remove it$"):
         open_domain(root, folder)
     assert [path for path in folder.rglob("*") if path.is_file()] == []
-
-
-def test_other_modes_are_refused(root: Path, folder: Path) -> None:
-    domain = ImageFolder(str(root), loader=lambda path: Image.open(path).convert("L"))
-    with pytest.raises(UsageError, match="is decoded as L, and --image_cache is for RGB alone: leave it out"):
-        cache_images([domain], folder)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")

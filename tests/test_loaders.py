@@ -204,7 +204,7 @@ def test_folders_batches_are_those_of_worker_processes(
     code: str, is_cached: bool, augment: bool, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if code == "torchvision":
-        monkeypatch.setattr(pixels, "_load_compiled", lambda: None)
+        monkeypatch.setattr(pixels, "load_compiled", lambda: None)
     data = make_folder(pictures, augment)
     if is_cached:
         image_cache.cache_images([data], tmp_path)
@@ -303,5 +303,6 @@ def test_folder_that_serves_something_of_its_own_is_read_as_it_is(pictures: Path
         ImageFolder(str(pictures), transform, target_transform=lambda label: label + 1),
         ImageFolder(str(pictures), Compose([RandomHorizontalFlip(), ToTensor()])),
         ImageFolder(str(pictures)),
+        ImageFolder(str(pictures), transform, loader=lambda path: Image.open(path).convert("L").convert("RGB")),
     ):
         assert type(make_stream(split_folder(data), 4, 2)) is Stream

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from torchvision import transforms
@@ -22,7 +22,7 @@ from daft_domainbed.pixels import BRIGHTNESS, CONTRAST, GRAYSCALE, HUE, SATURATI
 FINISH = transforms.Compose([transforms.ToTensor(), transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])])
 VALUES = np.arange(256, dtype=np.uint8).repeat(3).reshape(256, 1, 3)
 TABLE = FINISH(VALUES)[:, :, 0].contiguous().numpy()
-CODE = {"compiled": pixels._load_compiled(), "torchvision": pixels._render_with_torchvision}
+CODE = {"compiled": pixels.load_compiled(), "torchvision": pixels._render_with_torchvision}
 
 STEPS = st.lists(
     st.one_of(
@@ -38,9 +38,9 @@ STEPS = st.lists(
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty cache folder, and a process that has loaded nothing yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    pixels._load_compiled.cache_clear()
+    pixels.load_compiled.cache_clear()
     yield tmp_path / "daft_domainbed"
-    pixels._load_compiled.cache_clear()
+    pixels.load_compiled.cache_clear()
 
 
 def render_with(code: str, image: Image.Image, steps: list[Step], is_mirrored: bool) -> torch.Tensor:
@@ -77,7 +77,6 @@ def test_there_is_compiled_code_where_there_is_a_compiler() -> None:
 
 
 @pytest.mark.parametrize("code", CODE)
-@settings(deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 70), st.integers(1, 40), STEPS, st.booleans())
 def test_every_number_is_torchvisions(
     code: str, seed: int, width: int, height: int, steps: list[Step], is_mirrored: bool
@@ -112,29 +111,52 @@ def test_another_mode_of_three_channels_is_left_to_torchvision() -> None:
 
 
 def test_library_is_compiled_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if pixels._load_compiled() is None:
+    if pixels.load_compiled() is None:
         pytest.skip("no C compiler here")
     (library,) = cache.iterdir()
-    pixels._load_compiled.cache_clear()
+    pixels.load_compiled.cache_clear()
     monkeypatch.setenv("PATH", "")
-    assert pixels._load_compiled() is not None
+    assert pixels.load_compiled() is not None
     assert list(cache.iterdir()) == [library]
 
 
-@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false", "an 'unbalanced quote"])
 def test_without_a_compiler_numbers_are_the_same(cache: Path, monkeypatch: pytest.MonkeyPatch, compiler: str) -> None:
     monkeypatch.setenv("CC", compiler)
-    assert pixels._load_compiled() is None
+    assert pixels.load_compiled() is None
     image, steps = make_image(5, 30, 20), [(HUE, 0.1), (CONTRAST, 1.2)]
     out = np.empty((3, 20, 30), dtype=np.float32)
     render(image, steps, False, TABLE, out)
     assert torch.equal(torch.from_numpy(out), follow(image, steps, False))
-    assert list(cache.iterdir()) == []
+    assert list(cache.glob("*")) == []
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler here")
+def test_what_is_left_of_a_library_is_compiled_anew(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert pixels.load_compiled() is not None
+    (library,) = cache.iterdir()
+    pixels.load_compiled.cache_clear()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parent / "other"))
+    other = cache.parent / "other" / cache.name / library.name
+    other.parent.mkdir(parents=True)
+    other.touch()
+    assert pixels.load_compiled() is not None
+    assert other.stat().st_size > 0
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler here")
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_a_library_that_others_could_have_written_is_not_loaded(cache: Path, is_folder: bool) -> None:
+    assert pixels.load_compiled() is not None
+    pixels.load_compiled.cache_clear()
+    (library,) = cache.iterdir()
+    (cache if is_folder else library).chmod(0o777)
+    assert pixels.load_compiled() is None
 
 
 def test_a_cache_folder_that_cannot_be_written_is_no_error(cache: Path) -> None:
     cache.write_text("a file")
-    assert pixels._load_compiled() is None
+    assert pixels.load_compiled() is None
 
 
 COMPILER = """#!{python}
@@ -158,5 +180,5 @@ def test_code_with_other_numbers_is_not_used(cache: Path, monkeypatch: pytest.Mo
     compiler.write_text(COMPILER.format(python=sys.executable, old=old, new=new, copy=str(cache.parent / "pixels.c")))
     compiler.chmod(0o755)
     monkeypatch.setenv("CC", str(compiler))
-    assert pixels._load_compiled() is None
+    assert pixels.load_compiled() is None
     assert len(list(cache.iterdir())) == 1  # it was compiled

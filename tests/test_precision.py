@@ -188,6 +188,14 @@ def test_fp16_is_refused_where_the_scale_would_count() -> None:
         check_precision(name, torch.device("cuda"), "Fishr")
 
 
+def test_bf16_is_refused_for_what_computes_with_numpy() -> None:
+    with pytest.raises(
+        UsageError, match="^--precision bf16: RSC computes with NumPy, which has no bfloat16: use fp32$"
+    ):
+        check_precision("bf16", CPU, "RSC")
+    check_precision("fp32", CPU, "RSC")
+
+
 # --- loss scaling ------------------------------------------------------------------------------------------------
 
 

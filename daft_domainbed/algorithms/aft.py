@@ -70,8 +70,8 @@ class AFT(ERM):
                 'classifier is nonlinear: give "aft_attack_steps": 10'
             )
         if self.scope == "head":
-            # An augmented image never comes again.
-            freeze(self.featurizer, remembers=not hparams["data_augmentation"])
+            # An image that is augmented or attacked never comes again.
+            freeze(self.featurizer, remembers=self.attack == "features" and not hparams["data_augmentation"])
             self.optimizer = type(self.optimizer)(
                 self.classifier.parameters(), lr=hparams["lr"], weight_decay=hparams["weight_decay"]
             )

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from importlib import import_module
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -216,12 +218,10 @@ def read_folder(root: str, batch: int, steps: int, threads: int) -> float:
 
 def read_records(root: str) -> float:
     """Return records a second, where each line is parsed and nothing is made of it."""
+    import json
     import time
 
-    try:
-        from orjson import loads
-    except ImportError:
-        from json import loads
+    loads: Callable[[bytes], Any] = import_module("orjson").loads if find_spec("orjson") else json.loads
     began, count = time.perf_counter(), 0
     for folder in Path(root).iterdir():
         for line in (folder / "results.jsonl").read_bytes().splitlines():

@@ -5,6 +5,7 @@ Nothing here imports torch: what is measured runs in processes of its own.
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import shutil
@@ -144,7 +145,7 @@ class Bench:
     size: Size
     threads: int
     clone: Path | None
-    names: Iterator[int] = field(default_factory=lambda: iter(range(10**9)))
+    names: Iterator[int] = field(default_factory=itertools.count)
 
     def make_folder(self, name: str) -> Path:
         """Return the path of a folder that does not exist yet."""
@@ -298,9 +299,8 @@ def _explain(what: str, status: int, errors: IO[bytes]) -> RunError:
 
 
 def _end(process: Popen[bytes]) -> None:
-    if process.poll() is None:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, 9)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, 9)
     process.wait()
 
 

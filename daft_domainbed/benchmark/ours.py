@@ -14,7 +14,6 @@ from daft_domainbed import plugin
 from daft_domainbed.arguments import TrainArgs
 from daft_domainbed.benchmark.bare import OnStep
 from daft_domainbed.engine import train
-from daft_domainbed.image_cache import cache_images
 from daft_domainbed.machine import describe_machine
 
 FOR_EVER = 10**9
@@ -71,16 +70,13 @@ def run_idle(folder: str, on_step: OnStep, **args: Any) -> None:
 def read_folder(folder: str, steps: int, batch: int, cache: str | None = None, **args: Any) -> float:
     """Return the training images a second that the engine's data path gives, with a cache of decoded images or not."""
     plugin.add_algorithm("Blind", Blind)
-    if cache is not None:
-        host = plugin.find_host()
-        plugin.register(host)
-        plugin.watch_dataset(host, args["dataset"], lambda data, _: cache_images(data.datasets, Path(cache)))
     moments: list[float] = []
     warm_up = 4  # it may read ahead
     run(
         folder,
         lambda: moments.append(time.perf_counter()),
         algorithm="Blind",
+        image_cache=cache,
         steps=warm_up + steps,
         skip_model_save=True,
         **args,
@@ -91,9 +87,10 @@ def read_folder(folder: str, steps: int, batch: int, cache: str | None = None, *
 def measure_saving(folder: str, **args: Any) -> float:
     """Return the percentage of a run's time that goes into its resume file."""
     from daft_domainbed.benchmark.shares import Stopwatch
+    from daft_domainbed.engine import _Run
 
     watch = Stopwatch()
-    watch.attribute_saves()
+    watch.attribute(_Run, "_save_resume", "resume file")
     began = time.perf_counter()
     run(folder, **args)
     return 100 * watch.seconds["resume file"] / (time.perf_counter() - began)

@@ -76,22 +76,6 @@ class Stopwatch:
                 self.leave()
             yield item
 
-    def attribute_saves(self) -> None:
-        """Tell the engine's resume file from the models that it saves."""
-        from daft_domainbed import checkpoints
-        from daft_domainbed.run_folder import RESUME_FILE
-
-        save = checkpoints.save
-
-        def measured(content: Any, path: Any) -> None:
-            self.enter("resume file" if path.name == RESUME_FILE else "models")
-            try:
-                save(content, path)
-            finally:
-                self.leave()
-
-        checkpoints.save = measured
-
     def divide(self, total: float) -> dict[str, float]:
         """Return each phase's share of a total, in percent; what was in none is the rest."""
         shares = {phase: 100 * self.seconds[phase] / total for phase in PHASES[:-1]}
@@ -104,6 +88,7 @@ def profile_ours(began: float, folder: str, **args: Any) -> Mapping[str, float]:
 
     from daft_domainbed import plugin, streams
     from daft_domainbed.benchmark.ours import run
+    from daft_domainbed.engine import _Run
 
     watch, host = Stopwatch(), plugin.find_host()
     watch.seconds["imports"] = time.time() - began
@@ -114,7 +99,8 @@ def profile_ours(began: float, folder: str, **args: Any) -> Mapping[str, float]:
     watch.attribute(host.algorithms.ERM, "update", "forward")
     watch.attribute(torch.Tensor, "backward", "backward")
     watch.attribute(torch.optim.Adam, "step", "optimizer")
-    watch.attribute_saves()
+    watch.attribute(_Run, "_save_resume", "resume file")
+    watch.attribute(_Run, "_save_model", "models")
     run(folder, **args)
     return watch.divide(time.time() - began)
 

@@ -17,7 +17,6 @@ class Size:
         host_jobs: How many of them upstream's launcher does; the rest is extrapolated.
         chunk: Steps that a loop does in its turn.
         images: Of the image folder, in each class of each domain.
-        side: Of its images, in pixels.
         batch: Images a domain in a step of it.
         read_steps: Steps whose images are read, after those that upstream reads ahead.
         folders: Runs that `collect_results` reads.
@@ -35,7 +34,6 @@ class Size:
     host_jobs: int = 24
     chunk: int = 10
     images: int = 20
-    side: int = 224
     batch: int = 32
     read_steps: int = 40
     folders: int = 4_000
@@ -55,7 +53,7 @@ SIZES = {
         profile_steps=4, demo_steps=50,
     ),
     "tiny": Size(
-        digits=480, digits_steps=2, digits_checkpoint=1, jobs=3, host_jobs=3, chunk=1, images=2, side=32, batch=4,
+        digits=480, digits_steps=2, digits_checkpoint=1, jobs=3, host_jobs=3, chunk=1, images=2, batch=4,
         read_steps=2, folders=30, host_folders=30, profile_steps=1, demo_steps=2, domains=(3, 4), growth_folders=(3, 6),
     ),
 }  # fmt: skip

@@ -44,6 +44,7 @@ _MAY_GROW: dict[str, Callable[[Any, Any], Any]] = {
     "datasets": _merge,
     "algorithms": _merge,
     "n_trials": max,
+    "n_trials_from": min,
     "n_hparams": max,
     "n_hparams_from": min,
 }
@@ -59,6 +60,7 @@ class SweepArgs:
     algorithms: list[str]
     output_dir: str
     n_trials: int = 3
+    n_trials_from: int = 0
     n_hparams: int = 20
     n_hparams_from: int = 0
     seed: int = 0
@@ -107,6 +109,11 @@ def make_plan(sweep: SweepArgs) -> list[Job]:
     Raises:
         UsageError: An unknown name, or a hyperparameter that no algorithm of the sweep knows.
     """
+    if sweep.n_trials_from >= sweep.n_trials:
+        raise UsageError(
+            f"--n_trials_from {sweep.n_trials_from} leaves none of the trials, which end before --n_trials "
+            f"{sweep.n_trials}: choose a smaller one"
+        )
     if sweep.n_hparams_from >= sweep.n_hparams:
         raise UsageError(
             f"--n_hparams_from {sweep.n_hparams_from} leaves none of the draws, which end before --n_hparams "
@@ -210,13 +217,21 @@ def _read_plan(path: Path) -> dict[str, Any] | None:
         return None
     try:
         plan: dict[str, Any] = json.loads(path.read_text())
-        plan["args"], plan["jobs"] = dict(plan["args"]), [job | {"folder": job["folder"]} for job in plan["jobs"]]
+        plan["args"] = {"n_trials_from": 0, "n_hparams_from": 0} | dict(plan["args"])  # an older plan has neither
+        plan["jobs"] = [job | {"folder": job["folder"]} for job in plan["jobs"]]
     except (ValueError, TypeError, KeyError) as error:
         raise UsageError(f"{path} is no plan of a sweep ({error}): delete it, the runs beside it are kept") from error
     return plan
 
 
 def _check_growth(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
+    for name in ("n_trials", "n_hparams"):
+        first = f"{name}_from"
+        if new[first] > old[name] or new[name] < old[first]:
+            raise UsageError(
+                f"{folder} holds {name[2:]} {old[first]} to {old[name] - 1}, and {new[first]} to {new[name] - 1} would "
+                f"leave a gap: choose another --output_dir"
+            )
     different = [
         f"{name} is {old.get(name)} there and {value} here"
         for name, value in new.items()
@@ -261,7 +276,7 @@ def _check_first_runs(sweep: SweepArgs, students: list[TrainArgs]) -> None:
 
 def _list_students(host: plugin.Host, sweep: SweepArgs, user: dict[str, Any]) -> Iterator[TrainArgs]:
     more_seed = [sweep.seed] if sweep.seed else []
-    for trial_seed in range(sweep.n_trials):
+    for trial_seed in range(sweep.n_trials_from, sweep.n_trials):
         for dataset in sweep.datasets:
             n_envs = len(plugin.get_environments(host, dataset))
             for algorithm in sweep.algorithms:

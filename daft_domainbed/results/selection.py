@@ -92,12 +92,12 @@ def choose_by_left_out_domains(run: Run, runs: Sequence[Run]) -> Choice | None:
     train_envs = [env for env in range(run.n_envs) if env != test_env]
     if not pairs.keys() >= set(train_envs):
         return None
-    shared = set(run.steps.tolist()).intersection(*(pairs[env].steps.tolist() for env in train_envs))
+    shared = sorted(set(run.steps.tolist()).intersection(*(pairs[env].steps.tolist() for env in train_envs)))
     if not shared:
         return None
-    accs = [pairs[env].accs[np.isin(pairs[env].steps, list(shared)), env, IN] for env in train_envs]
+    accs = [pairs[env].accs[np.searchsorted(pairs[env].steps, shared), env, IN] for env in train_envs]
     val_accs = np.full(len(run.steps), -np.inf)
-    val_accs[np.isin(run.steps, list(shared))] = np.stack(accs, axis=1).mean(axis=1)
+    val_accs[np.searchsorted(run.steps, shared)] = np.stack(accs, axis=1).mean(axis=1)
     return _take(run, int(val_accs.argmax()), val_accs)
 
 

@@ -55,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from daft_domainbed.benchmark.cases import CASES
 
+    if args.only and (args.profile or args.growth):
+        raise UsageError("--only chooses rows, and --profile and --growth have none: leave it out")
     names = args.only or list(CASES)
     for name in names:
         if name not in CASES:
@@ -110,8 +112,8 @@ def measure(scratch: Path, cases: Sequence[Case], args: argparse.Namespace) -> d
         values: Mapping[str, Any] = {}
         try:
             values = play(case.contests(bench), args.repeat)
-        except RunError as failure:
-            error = str(failure)
+        except Exception as failure:  # hours of other rows are not to be lost
+            error = str(failure) or type(failure).__name__
         beside = {"load": load, "error": error}
         rows += [make_row(case, goal, values.get(goal.metric, {})) | beside for goal in case.goals]
         print(f"{case.name}: {error or f'{time.monotonic() - began:.0f} s'}", file=sys.stderr)
@@ -135,10 +137,11 @@ def _ending_in_order(number: int) -> Iterator[None]:
 def format_text(content: Mapping[str, Any]) -> str:
     """Return what was measured as text."""
     machine = content["machine"]
+    n = "" if "growth" in content else f"n = {content['repeat']}, medians; "
     lines = [
         f"{machine['cpu']}, {machine['cores_usable']} cores, {machine['memory_gib']} GiB; Python {machine['python']}, "
         f"torch {machine['torch']}, {machine['threads']} threads; commit {machine['commit'] or 'unknown'}",
-        f"load before: {machine['load']}; n = {content['repeat']}, medians; scale: {content['scale']}",
+        f"load before: {machine['load']}; {n}scale: {content['scale']}",
     ]
     if not machine["has_host"]:
         lines.append("no column of the host: DOMAINBED_ROOT is not set to a clone of DomainBed")

@@ -28,6 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dataset", default="EmojiStyles", help="a data set's name, or folder:PATH")
     parser.add_argument("--algorithms", nargs="+", default=ALGORITHMS, help="what is compared")
     parser.add_argument("--n_trials", type=positive_int, default=1, help="repetitions, each with its own splits")
+    parser.add_argument("--n_trials_from", type=non_negative_int, default=0, help="the first of the trials")
     parser.add_argument("--n_hparams", type=positive_int, default=1, help="hyperparameter draws; the first: defaults")
     parser.add_argument("--n_hparams_from", type=non_negative_int, default=0, help="the first of the draws")
     parser.add_argument("--output_dir", help="the sweep's folder; runs/<dataset> by default")

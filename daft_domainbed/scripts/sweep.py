@@ -45,6 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--datasets", nargs="+", help="names of data sets, or folder:PATH")
     parser.add_argument("--algorithms", nargs="+", help=f"default: {' '.join(ALGORITHMS)}")
     parser.add_argument("--n_trials", type=positive_int, help="repetitions, each with its own splits; default: 3")
+    parser.add_argument("--n_trials_from", type=non_negative_int, help="the first of the trials; default: 0")
     parser.add_argument(
         "--n_hparams", type=positive_int, help="hyperparameter draws, the first being the defaults; default: 20"
     )

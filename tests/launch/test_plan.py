@@ -11,7 +11,16 @@ import pytest
 from daft_domainbed import hparams
 from daft_domainbed.embedded.misc import seed_hash
 from daft_domainbed.errors import UsageError
-from daft_domainbed.launch.plan import Job, SweepArgs, list_test_envs, make_plan, write_plan
+from daft_domainbed.launch.plan import (
+    Job,
+    SweepArgs,
+    check_plan,
+    list_test_envs,
+    make_plan,
+    read_jobs,
+    read_sweep_args,
+    write_plan,
+)
 
 TINY = {"batch_size": 8, "backbone": "resnet8_w2", "teacher_backbone": "resnet8_w4"}
 
@@ -110,6 +119,40 @@ def test_asking_for_one_draw_more_keeps_the_others(tmp_path: Path) -> None:
     assert {job.folder for job in last if job.stage == "student"} == {
         job.folder for job in more if job.args.hparams_seed == 2
     }
+
+
+def test_trials_may_begin_later(tmp_path: Path) -> None:
+    jobs = make_plan(make_sweep(tmp_path, n_trials=3))
+    last = make_plan(make_sweep(tmp_path, n_trials=3, n_trials_from=2))
+    assert [job for job in jobs if job.args.trial_seed == 2] == last
+
+
+def test_a_sweep_grows_without_gaps(tmp_path: Path) -> None:
+    begun = make_sweep(tmp_path, n_trials=4, n_trials_from=2)
+    jobs = make_plan(begun)
+    write_plan(begun, jobs)
+    (tmp_path / jobs[0].folder).mkdir(parents=True)
+    (tmp_path / jobs[0].folder / "results.jsonl").touch()
+    for more in ({"n_trials": 6, "n_trials_from": 4}, {"n_trials": 3, "n_trials_from": 1}, {"n_trials": 2}):
+        check_plan(make_sweep(tmp_path, **more))
+    for gap, says in (({"n_trials": 1}, "0 to 0"), ({"n_trials": 9, "n_trials_from": 5}, "5 to 8")):
+        with pytest.raises(UsageError, match=f"holds trials 2 to 3, and {says} would leave a gap"):
+            check_plan(make_sweep(tmp_path, **gap))
+
+
+def test_a_sweep_of_an_older_version_goes_on(tmp_path: Path) -> None:
+    jobs = make_plan(make_sweep(tmp_path))
+    write_plan(make_sweep(tmp_path), jobs)
+    (tmp_path / jobs[0].folder).mkdir(parents=True)
+    (tmp_path / jobs[0].folder / "results.jsonl").touch()
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    for args in (plan["args"], *(job["args"] for job in plan["jobs"])):
+        for name in ("n_trials_from", "image_cache"):
+            args.pop(name, None)
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    assert read_jobs(tmp_path) == jobs
+    write_plan(make_sweep(tmp_path, n_trials=2), make_plan(make_sweep(tmp_path, n_trials=2)))
+    assert read_sweep_args(tmp_path)["n_trials_from"] == 0
 
 
 def test_one_seed_for_all_algorithms_and_stages_of_a_split(tmp_path: Path) -> None:

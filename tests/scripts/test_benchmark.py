@@ -91,13 +91,18 @@ def test_signal_leaves_nothing_behind(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "daft_domainbed.scripts.benchmark", "--only", "evaluation", "--scale", "tiny"]
     environment = {name: value for name, value in os.environ.items() if name != "DOMAINBED_ROOT"}
     with subprocess.Popen(command, stderr=subprocess.PIPE, env=environment | {"TMPDIR": str(tmp_path)}) as process:
-        while not list(tmp_path.glob("daft-benchmark-*")):
+        while not list(tmp_path.glob("daft-benchmark-*/*")):
             assert process.poll() is None
         process.terminate()
         _, err = process.communicate()
     assert process.returncode == 143
     assert err == b"daft-domainbed benchmark: stopped; nothing was measured to the end\n"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_choice_of_rows_is_refused_where_there_are_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command("benchmark", ["--only", "small_job", "--profile"]) == 2
+    assert "--only chooses rows, and --profile and --growth have none: leave it out" in capsys.readouterr().err
 
 
 def test_list_imports_nothing_heavy() -> None:
@@ -158,7 +163,7 @@ class Rehearsal(Bench):
             script.build_parser().parse_args(values)
         if "--output_dir" in values:
             folder = Path(values[values.index("--output_dir") + 1])
-            for job in ("", "a", "b"):
+            for job in ("", "a", "b", "c"):
                 (folder / job).mkdir(exist_ok=True)
                 (folder / job / "done").touch()
             (folder / "results.jsonl").write_text('{"step_time": 1.0}\n')

@@ -279,6 +279,7 @@ def test_nothing_to_launch_is_not_asked_about(sweep: Sweep, monkeypatch: pytest.
         ([*ERM, *SMALL, "--datasets", "Debug29"], "Did you mean 'Debug28'?"),
         ([*ERM, *SMALL, "--algorithms", "ERM", "DATF"], "Did you mean 'DAFT'?"),
         ([*ERM, *SMALL, "--hparams", '{"kd_weight": 1}'], "'kd_weight'"),
+        ([*ERM, *SMALL, "--n_trials_from", "1"], "--n_trials_from 1 leaves none of the trials"),
         ([*ERM, *SMALL, "--n_hparams_from", "1"], "--n_hparams_from 1 leaves none of the draws"),
         ([*ERM, *SMALL, "--command_launcher", "locale"], "no launcher 'locale'. Did you mean 'local'?"),
         ([*ERM, *SMALL, "--slurm", "partition"], "--slurm 'partition': write KEY=VALUE, as in partition=gpu"),
