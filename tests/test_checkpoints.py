@@ -180,7 +180,7 @@ class TestLoading:
         torch.save([1, 2], tmp_path / "model.pkl")
         assert_refused(tmp_path / "model.pkl", "holds a list")
 
-    @pytest.mark.parametrize("value", [SimpleNamespace(a=1), Path("x"), {1, 2}, np.arange(3), print], ids=repr)
+    @pytest.mark.parametrize("value", [SimpleNamespace(a=1), Path("x"), {1, 2}, np.arange(3), len], ids=repr)
     def test_objects_beyond_tensors_and_plain_data(self, tmp_path: Path, value: object) -> None:
         torch.save({"value": value}, tmp_path / "model.pkl")
         try:
