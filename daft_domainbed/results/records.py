@@ -20,7 +20,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from operator import itemgetter
+from operator import contains, itemgetter
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeGuard
 
@@ -386,9 +386,10 @@ def _check_accs(lines: Lines, problems: dict[str, list[int]]) -> tuple[int, Line
         problems[f"test_envs {list(test_envs)}, but accuracies of {n_envs} environments"] = [n for n, _ in lines]
         return 0, []
     names, beyond = _name_accs(n_envs), f"env{n_envs}_in_acc"
-    if not any(beyond in record for _, record in lines):
+    records = [record for _, record in lines]
+    if not any(map(contains, records, itertools.repeat(beyond))):
         with contextlib.suppress(KeyError, ValueError):
-            accs = np.array([itemgetter(*names)(record) for _, record in lines])
+            accs = np.array(list(map(itemgetter(*names), records)))
             if accs.dtype.kind in "fi" and ((accs >= 0) & (accs <= 1)).all():
                 return n_envs, lines
     kept: Lines = []
