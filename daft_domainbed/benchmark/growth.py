@@ -64,9 +64,9 @@ class Machine:
         start: Seconds of a job beside its steps and evaluations.
     """
 
-    student: float = 2_400
-    teacher: float = 900
-    read: float = 150
+    student: float = 5_500
+    teacher: float = 2_400
+    read: float = 400
     cores: int = 8
     start: float = 10
 

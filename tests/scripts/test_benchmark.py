@@ -459,6 +459,6 @@ def test_estimate_of_the_sweep() -> None:
     assert eight["hours"] * 8 == pytest.approx(eight["gpu_hours"])
     assert many["hours"] > many["gpu_hours"] / 10**6  # ERM teacher, AFT teacher, student: one after the other
     assert estimate_sweep(Machine(cores=16), 8)["hours"] < eight["hours"]
-    assert estimate_sweep(Machine(student=4_800, teacher=1_800, read=300, start=0), 8)["hours"] == pytest.approx(
-        estimate_sweep(Machine(start=0), 8)["hours"] / 2
-    )
+    one = Machine(start=0)
+    two = Machine(student=2 * one.student, teacher=2 * one.teacher, read=2 * one.read, start=0)
+    assert estimate_sweep(two, 8)["hours"] == pytest.approx(estimate_sweep(one, 8)["hours"] / 2)
