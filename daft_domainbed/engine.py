@@ -118,6 +118,8 @@ class _Run:
             cache_images(self.data.dataset, Path(args.image_cache), self.log.warn)
         self._make_streams()
         self.facts = _gather_facts(args, self.host, self.request, self.data, self.hparams, self.folder, self.log.warn)
+        if saved is not None and saved["step"] == 0:
+            saved = None  # nothing was trained yet, so that an image may have been mended meanwhile
         if saved is not None:
             self._check_data(saved)
         dataset = self.data.dataset

@@ -306,6 +306,17 @@ class TestData:
             tiny.train(checkpoint_freq=1, on_step=stop, **flags)
         assert load_states(tiny.train(checkpoint_freq=1, image_cache=str(tmp_path / "cache"), **flags)) == whole
 
+    def test_a_run_that_a_broken_image_ended_begins_anew(self, tiny: Any, image_folder: Path) -> None:
+        flags = {"dataset": f"folder:{image_folder}", "hparams": {"input_size": 16, "batch_size": 2}, "steps": 2}
+        whole = load_states(tiny.train("whole", **flags))
+        picture = next(image_folder.rglob("*.png"))
+        content = picture.read_bytes()
+        picture.write_bytes(content[:-40])
+        with pytest.raises(UsageError, match=f"cannot read the image {picture}: .*; mend or remove it"):
+            tiny.train(**flags)
+        picture.write_bytes(content)
+        assert load_states(tiny.train(**flags)) == whole
+
     def test_a_cache_is_for_image_folders(self, tiny: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         tiny.train(image_cache=str(tmp_path / "cache"))
         assert "--image_cache has no effect: no domain is a plain image folder" in capsys.readouterr().err

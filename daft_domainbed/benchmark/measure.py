@@ -159,7 +159,10 @@ class Bench:
             keeps_memory: The C library keeps what is freed, as the engine tells it to: no limit is lower without it.
         """
         names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-        changed = {name: str(self.threads) for name in names} | {"CUDA_VISIBLE_DEVICES": ""}
+        changed = {name: str(self.threads) for name in names} | {
+            "CUDA_VISIBLE_DEVICES": "",
+            "TMPDIR": str(self.scratch),
+        }
         if keeps_memory:
             changed |= {"MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "MALLOC_MMAP_THRESHOLD_": str(2**30)}
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"} | changed

@@ -431,4 +431,4 @@ def read_image(path: str, allow_truncated: bool) -> Image.Image:
         with open(path, "rb") as file:
             return Image.open(file).convert("RGB")
     except Exception as error:  # decoders raise errors of every kind
-        raise UsageError(f"cannot read the image {path}: {error}") from error
+        raise UsageError(f"cannot read the image {path}: {error}; mend or remove it") from error

@@ -227,10 +227,11 @@ def _read_plan(path: Path) -> dict[str, Any] | None:
 def _check_growth(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
     for name in ("n_trials", "n_hparams"):
         first = f"{name}_from"
-        if new[first] > old[name] or new[name] < old[first]:
+        is_empty = new[first] >= new[name]  # which has a message of its own
+        if not is_empty and (new[first] > old[name] or new[name] < old[first]):
             raise UsageError(
                 f"{folder} holds {name[2:]} {old[first]} to {old[name] - 1}, and {new[first]} to {new[name] - 1} would "
-                f"leave a gap: choose another --output_dir"
+                f"leave a gap: fill it with --{first}, or choose another --output_dir"
             )
     different = [
         f"{name} is {old.get(name)} there and {value} here"

@@ -42,9 +42,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--scale", choices=["full", "short", "tiny"], default="short", help="how much work; tiny tests the command only"
     )
-    parser.add_argument("--profile", action="store_true", help="instead: where the time of three jobs goes")
-    parser.add_argument("--growth", action="store_true", help="instead: how cost grows with what a sweep asks for")
-    parser.add_argument("--list", action="store_true", help="instead: the rows and their goals")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--profile", action="store_true", help="instead: where the time of three jobs goes")
+    instead.add_argument("--growth", action="store_true", help="instead: how cost grows with what a sweep asks for")
+    instead.add_argument("--list", action="store_true", help="instead: the rows and their goals")
     parser.add_argument("--format", choices=["text", "json"], default="text", help="json: without the table")
     return parser
 
@@ -143,6 +144,8 @@ def format_text(content: Mapping[str, Any]) -> str:
         f"torch {machine['torch']}, {machine['threads']} threads; commit {machine['commit'] or 'unknown'}",
         f"load before: {machine['load']}; {n}scale: {content['scale']}",
     ]
+    if machine["load"] > machine["cores_usable"] / 2:
+        lines.append("other processes were at work before: the figures say little")
     if not machine["has_host"]:
         lines.append("no column of the host: DOMAINBED_ROOT is not set to a clone of DomainBed")
     if "rows" in content:

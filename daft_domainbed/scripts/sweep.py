@@ -194,7 +194,7 @@ def make_options(given: dict[str, Any]) -> Options:
 
 
 def launch(sweep: SweepArgs, options: Options, *, launcher: str, ask: bool, keep: str = "all") -> bool:
-    """Plan a sweep and run what is not done of it; return whether there was anything to run, and leave to.
+    """Plan a sweep and run what is not done of it; return whether that was allowed.
 
     Raises:
         UsageError: The sweep, or the launcher, cannot be.
@@ -230,7 +230,9 @@ def launch(sweep: SweepArgs, options: Options, *, launcher: str, ask: bool, keep
         raise RunError(f"{len(failures)} of {len(jobs)} jobs failed, the first in {root / folder}: {reason}")
     if keep == "chosen" and failures is not None:
         _keep_chosen(root)
-    return bool(waiting)
+    if not waiting:
+        print(f"all {len(jobs)} jobs are done", file=sys.stderr)
+    return True
 
 
 def show_status(root: Path) -> None:

@@ -103,6 +103,8 @@ def test_signal_leaves_nothing_behind(tmp_path: Path) -> None:
 def test_a_choice_of_rows_is_refused_where_there_are_none(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command("benchmark", ["--only", "small_job", "--profile"]) == 2
     assert "--only chooses rows, and --profile and --growth have none: leave it out" in capsys.readouterr().err
+    assert run_command("benchmark", ["--growth", "--profile"]) == 2
+    assert "--profile" in capsys.readouterr().err
 
 
 def test_list_imports_nothing_heavy() -> None:

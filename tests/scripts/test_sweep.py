@@ -265,7 +265,8 @@ def test_nothing_to_launch_is_not_asked_about(sweep: Sweep, monkeypatch: pytest.
     sweep.launch(*ERM, *SMALL)
     answer(monkeypatch, "")
     status, out, lines = sweep("launch")
-    assert (status, lines) == (0, [])
+    assert status == 0
+    assert lines == ["all 3 jobs are done", f"results: daft-domainbed collect_results --input_dir {sweep.root}"]
     assert "3 jobs" in out
 
 
