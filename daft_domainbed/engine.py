@@ -120,6 +120,7 @@ class _Run:
         self.facts = _gather_facts(args, self.host, self.request, self.data, self.hparams, self.folder, self.log.warn)
         if saved is not None and saved["step"] == 0:
             saved = None  # nothing was trained yet, so that an image may have been mended meanwhile
+            (self.folder / "out.txt").unlink(missing_ok=True)
         if saved is not None:
             self._check_data(saved)
         dataset = self.data.dataset

@@ -316,6 +316,7 @@ class TestData:
             tiny.train(**flags)
         picture.write_bytes(content)
         assert load_states(tiny.train(**flags)) == whole
+        assert (tiny.root / "run" / "out.txt").read_text().count("Environment:") == 1
 
     def test_a_cache_is_for_image_folders(self, tiny: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         tiny.train(image_cache=str(tmp_path / "cache"))
