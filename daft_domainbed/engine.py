@@ -132,7 +132,7 @@ class _Run:
         self.algorithm.to(self.device)
         self.precision = Precision(args.precision, self.device)
         self.precision.prepare(self.algorithm, dataset.input_shape)
-        if isinstance(teacher := getattr(self.algorithm, "teacher", None), Teacher):
+        if teacher := self._get_teacher():
             self.precision.prepare(teacher.model, dataset.input_shape)
         self._start(saved)
         self._loop()
@@ -324,9 +324,13 @@ class _Run:
             self.best = validation
             self._save_model("model_best.pkl")
 
-    def _get_teacher_facts(self) -> dict[str, Any]:
+    def _get_teacher(self) -> Teacher | None:
         teacher = getattr(self.algorithm, "teacher", None)
-        return teacher.facts if isinstance(teacher, Teacher) else {}
+        return teacher if isinstance(teacher, Teacher) else None
+
+    def _get_teacher_facts(self) -> dict[str, Any]:
+        teacher = self._get_teacher()
+        return teacher.facts if teacher else {}
 
     def _save_model(self, name: str) -> None:
         if self.args.skip_model_save:

@@ -7,18 +7,15 @@ size or a time of change is enough), or another decoder, have a file of their ow
 
 from __future__ import annotations
 
-import errno
 import functools
 import hashlib
 import os
-import sys
-import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import PIL
@@ -29,33 +26,45 @@ from torchvision.datasets import ImageFolder
 
 from daft_domainbed import locks, plugin, stopping
 from daft_domainbed.checkpoints import writing_atomically
-from daft_domainbed.errors import UsageError
+from daft_domainbed.errors import DISK_FULL, UsageError
 
 _SIGNATURE = b"DAFTimg1"
 _HEAD = len(_SIGNATURE) + hashlib.sha256().digest_size
 _ROW = np.dtype([("height", "<u4"), ("width", "<u4"), ("crc", "<u4")])
 
 Loader = Callable[[str], Image.Image]
+T = TypeVar("T")
 
 
-def cache_images(domains: Iterable[Any], folder: Path, say: Callable[[str], None] | None = None) -> None:
+def cache_images(domains: Iterable[Any], folder: Path, say: Callable[[str], None]) -> None:
     """Have each image folder among a data set's domains read from a file of decoded images, made where there is none.
 
     Args:
         domains: Of the data set; those that are no plain image folder (`plugin.is_plain_folder`) are left alone.
         folder: Of the files.
-        say: Told when a file is made, waited for or found damaged; standard error where None.
+        say: Told when a file is made, waited for or found damaged.
 
     Raises:
         UsageError: The folder cannot be written, or an image cannot be decoded.
         OSError: The disk is full; nothing half-made is left.
     """
-    say = say or functools.partial(print, file=sys.stderr, flush=True)
     folders = [domain for domain in domains if plugin.is_plain_folder(domain)]
     if not folders:
         say("--image_cache has no effect: no domain is a plain image folder")
     for domain in folders:
         domain.loader = _open(domain, folder, say)
+
+
+def read_or_name(read: Callable[[str], T], path: str) -> T:
+    """Return what is read from an image's file.
+
+    Raises:
+        UsageError: The file is broken; names it.
+    """
+    try:
+        return read(path)
+    except (OSError, SyntaxError, ValueError) as error:  # all that Pillow raises on a broken file
+        raise UsageError(f"broken image {path} ({error}): mend or remove it") from error
 
 
 class CachedImages:
@@ -73,9 +82,7 @@ class CachedImages:
         OSError: There is no such file, or it cannot be read.
     """
 
-    def __init__(
-        self, file: Path, paths: Sequence[str], key: bytes, load: Loader, say: Callable[[str], None] = print
-    ) -> None:
+    def __init__(self, file: Path, paths: Sequence[str], key: bytes, load: Loader, say: Callable[[str], None]) -> None:
         self.file, self.load, self.say = file, load, say
         self.bytes = np.memmap(file, dtype=np.uint8, mode="r").view(np.ndarray)
         start = _HEAD + len(paths) * _ROW.itemsize
@@ -126,24 +133,23 @@ def _open(domain: ImageFolder, folder: Path, say: Callable[[str], None]) -> Cach
             _make(file, paths, key, domain.loader, claim)
             return open_file()
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in DISK_FULL:
             raise
         raise UsageError(f"--image_cache {folder} cannot be used ({error.strerror}): choose another") from error
 
 
-@contextmanager
-def _claim(place: Path, say: Callable[[str], None]) -> Iterator[locks.Claim]:
+def _claim(place: Path, say: Callable[[str], None]) -> AbstractContextManager[locks.Claim]:
     """Claim a folder, waiting for the process that has it."""
     is_told = False
-    while True:
-        with suppress(locks.Claimed), locks.claim(place) as claim:
-            yield claim
-            return
+
+    def on_wait(error: locks.Claimed) -> None:
+        nonlocal is_told
         _stop_if_asked(f"waiting for another process in {place}")
         if not is_told:
             say(f"waiting for another process, which decodes images into {place}")
             is_told = True
-        time.sleep(0.2)
+
+    return locks.claim_in_turn(place, on_wait)
 
 
 def _stop_if_asked(doing: str) -> None:
@@ -182,11 +188,7 @@ def _make(file: Path, paths: Sequence[str], key: bytes, load: Loader, claim: loc
 
 
 def _decode(load: Loader, path: str) -> NDArray[np.uint8]:
-    try:
-        image = load(path)
-    except (OSError, SyntaxError, ValueError) as error:  # all that Pillow raises on a broken file
-        raise UsageError(f"broken image {path} ({error}): mend or remove it") from error
-    return np.asarray(image)
+    return np.asarray(read_or_name(load, path))
 
 
 def _write(out: BinaryIO, pixels: NDArray[np.uint8]) -> tuple[int, int, int]:

@@ -17,7 +17,7 @@ from torch.utils.data import TensorDataset, default_collate
 from daft_domainbed import plugin
 from daft_domainbed.augmentation import SplitTransform, split_transform
 from daft_domainbed.errors import UsageError
-from daft_domainbed.image_cache import CachedImages
+from daft_domainbed.image_cache import CachedImages, read_or_name
 from daft_domainbed.randomness import States
 from daft_domainbed.streams import Stream
 
@@ -57,14 +57,7 @@ def _make_fetch(split: Any) -> tuple[Callable[[list[int]], tuple[Tensor, Tensor]
 
 def _load_sample(split: Any, index: int) -> Any:
     samples = getattr(split.underlying_dataset, "samples", None)
-    return split[index] if samples is None else _read(lambda _: split[index], samples[split.keys[index]][0])
-
-
-def _read(read: Callable[[str], Any], path: str) -> Any:
-    try:
-        return read(path)
-    except (OSError, SyntaxError, ValueError) as error:  # all that Pillow raises on a broken file
-        raise UsageError(f"broken image {path} ({error}): mend or remove it") from error
+    return split[index] if samples is None else read_or_name(lambda _: split[index], samples[split.keys[index]][0])
 
 
 # --- image folders ---------------------------------------------------------------------------------------------------
@@ -113,15 +106,14 @@ class _Images:
         return _Pending((x, y), [pool.submit(compute, first) for first in range(threads)])
 
     def _open(self, key: int) -> Image.Image:
-        image: Image.Image = _read(self.data.loader, self.data.samples[key][0])
+        image: Image.Image = read_or_name(self.data.loader, self.data.samples[key][0])
         return image
 
     def _measure(self, key: int) -> tuple[int, int]:
         path = self.data.samples[key][0]
         if isinstance(self.data.loader, CachedImages):
             return self.data.loader.get_size(path)
-        size: tuple[int, int] | None = _read(_read_size, path)
-        return size or self._open(key).size
+        return read_or_name(_read_size, path) or self._open(key).size
 
 
 def _read_size(path: str) -> tuple[int, int] | None:
@@ -160,9 +152,7 @@ class _ImageStream(Stream):
         pending, drawn = self._ahead or self._begin()
         if drawn is not None:
             self.workers[self.served % self.num_workers] = drawn
-        self.served += 1
-        self.queue.popleft()
-        self.queue.append(self.indices.pull())
+        self._advance()
         self._ahead = self._begin() if self.goes_on else None
         return pending.wait()
 

@@ -13,8 +13,8 @@ import platform
 import random
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -81,6 +81,28 @@ def claim(folder: Path) -> Iterator[Claim]:
             if _is_same_file(owned.file, owned.path):
                 owned.path.unlink()
         owned.file.close()
+
+
+@contextmanager
+def claim_in_turn(folder: Path, on_wait: Callable[[Claimed], None]) -> Iterator[Claim]:
+    """Claim a folder as soon as no other process has it.
+
+    Args:
+        folder: To claim.
+        on_wait: Told five times a second who has it; what it raises ends the wait.
+
+    Raises:
+        OSError: The folder cannot be written.
+    """
+    with ExitStack() as stack:
+        while True:
+            try:
+                owned = stack.enter_context(claim(folder))
+                break
+            except Claimed as error:
+                on_wait(error)
+                time.sleep(0.2)
+        yield owned
 
 
 def is_claimed(folder: Path) -> bool:

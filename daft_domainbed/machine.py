@@ -7,12 +7,17 @@ import os
 import platform
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
+from typing import TYPE_CHECKING, Any
 
 from daft_domainbed import __version__
+
+if TYPE_CHECKING:
+    import torch
+
+
+def count_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def keep_freed_memory() -> None:
@@ -26,6 +31,8 @@ def keep_freed_memory() -> None:
 
 def describe_machine(device: torch.device, precision: str) -> dict[str, Any]:
     """Return versions and hardware, for the first record of a run."""
+    import numpy as np
+    import torch
     import torchvision
 
     return {

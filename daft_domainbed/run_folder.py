@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -30,22 +29,22 @@ _MOVABLE = ("output_dir", "data_dir", "teachers_dir", "image_cache", "device")
 def own(folder: Path, *, wait: bool) -> Iterator[Claim]:
     """Claim a run's folder, waiting for another process to leave it only where that is asked."""
     told = False
+
+    def on_wait(error: locks.Claimed) -> None:
+        nonlocal told
+        if not wait:
+            raise error
+        if not told:
+            print(f"waiting for {error.owner}, which is at work in {folder}", file=sys.stderr, flush=True)
+            told = True
+        if stopping.is_requested():
+            raise stopping.Stopped(f"stopped while waiting for {error.owner} in {folder}") from None
+
     with ExitStack() as stack:
-        while True:
-            try:
-                claim = stack.enter_context(locks.claim(folder))
-                break
-            except locks.Claimed as error:
-                if not wait:
-                    raise
-                if not told:
-                    print(f"waiting for {error.owner}, which is at work in {folder}", file=sys.stderr, flush=True)
-                    told = True
-                if stopping.is_requested():
-                    raise stopping.Stopped(f"stopped while waiting for {error.owner} in {folder}") from None
-                time.sleep(0.2)
-            except OSError as error:
-                raise explain_unwritable(folder, error) from error
+        try:
+            claim = stack.enter_context(locks.claim_in_turn(folder, on_wait))
+        except OSError as error:
+            raise explain_unwritable(folder, error) from error
         yield claim
 
 

@@ -110,10 +110,14 @@ class Stream:
     def __next__(self) -> tuple[Tensor, Tensor]:
         if not self.num_workers:
             return self.fetch(self.indices.pull())
-        batch = self._fetch_in_worker(self.served % self.num_workers, self.queue.popleft())
-        self.served += 1
-        self.queue.append(self.indices.pull())
+        batch = self._fetch_in_worker(self.served % self.num_workers, self.queue[0])
+        self._advance()
         return batch
+
+    def _advance(self) -> None:
+        self.served += 1
+        self.queue.popleft()
+        self.queue.append(self.indices.pull())
 
     def _fetch_in_worker(self, worker: int, indices: list[int]) -> tuple[Tensor, Tensor]:
         if not self.draws:

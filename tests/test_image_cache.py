@@ -89,13 +89,13 @@ def test_folders_of_any_host_are_cached_and_nothing_else(root: Path, folder: Pat
         (root.parent / name).rename(root.parent / "set" / name)
     data = image_folder_class(str(root.parent / "set"))(None, [], {"data_augmentation": True})
     memory = object()
-    cache_images([*data, memory], folder)
+    cache_images([*data, memory], folder, print)
     assert {path.parent.name[:-17] for path in folder.glob("*/images")} == {"domain", "other"}
     for domain in data:
         assert isinstance(domain.loader, CachedImages)
         assert_reads_right(domain)
     before = domain.loader
-    cache_images(data, folder)
+    cache_images(data, folder, print)
     assert domain.loader is before
 
 

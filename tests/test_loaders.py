@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils._pytree import tree_map
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, TensorDataset
+from torch.utils.data import RandomSampler, TensorDataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import Compose, RandomHorizontalFlip, ToTensor
 
@@ -22,6 +22,7 @@ from daft_domainbed.errors import UsageError
 from daft_domainbed.loaders import make_eval_stream, make_stream
 from daft_domainbed.randomness import capture_states, preserve_states, restore_states, seed_everything
 from daft_domainbed.streams import Stream
+from tests.upstream_loader import iterate
 
 
 @pytest.fixture(autouse=True)
@@ -169,19 +170,9 @@ def split_folder(data: Any) -> SplitDataset:
     return SplitDataset(data, [*range(23, 1, -1)])
 
 
-class Endless(Sampler[list[int]]):
-    def __init__(self, batches: BatchSampler) -> None:
-        self.batches = batches
-
-    def __iter__(self) -> Iterator[list[int]]:
-        while True:
-            yield from self.batches
-
-
 def make_loader(split: SplitDataset, batch_size: int, training: bool, num_workers: int) -> Iterator[Any]:
     """As DomainBed makes its own, with worker processes."""
-    batches = BatchSampler(RandomSampler(split, replacement=training), batch_size, drop_last=training)
-    return iter(DataLoader(split, num_workers=num_workers, batch_sampler=Endless(batches)))
+    return iterate(split, RandomSampler(split, replacement=training), batch_size, num_workers, drop_last=training)
 
 
 def take(streams: list[Any], rounds: int) -> list[Tensor]:
@@ -207,7 +198,7 @@ def test_folders_batches_are_those_of_worker_processes(
         monkeypatch.setattr(pixels, "load_compiled", lambda: None)
     data = make_folder(pictures, augment)
     if is_cached:
-        image_cache.cache_images([data], tmp_path)
+        image_cache.cache_images([data], tmp_path, print)
     ours, theirs = split_folder(data), split_folder(make_folder(pictures, augment))
     seed_everything(3)
     loaders = [make_loader(theirs, 5, True, 2), make_loader(theirs, 64, False, 2)]

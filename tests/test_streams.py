@@ -14,8 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
     Dataset,
     RandomSampler,
     Sampler,
@@ -25,6 +23,7 @@ from torch.utils.data import (
 
 from daft_domainbed.randomness import capture_states, preserve_states, restore_states, seed_everything
 from daft_domainbed.streams import Stream
+from tests.upstream_loader import iterate
 
 KINDS = ("training", "evaluation", "balanced")
 
@@ -46,15 +45,6 @@ class Jittered(Dataset[Any]):
         ), index
 
 
-class Endless(Sampler[list[int]]):
-    def __init__(self, batches: BatchSampler) -> None:
-        self.batches = batches
-
-    def __iter__(self) -> Iterator[list[int]]:
-        while True:
-            yield from self.batches
-
-
 @pytest.fixture(autouse=True)
 def keep_random_states() -> Iterator[None]:
     with preserve_states():
@@ -71,8 +61,7 @@ def make_loader(kind: str, size: int, batch_size: int, num_workers: int) -> Iter
     sampler: Sampler[int] = RandomSampler(data, replacement=kind == "training")
     if kind == "balanced":
         sampler = WeightedRandomSampler(make_weights(size), num_samples=batch_size, replacement=True)
-    batches = BatchSampler(sampler, batch_size, drop_last=kind != "evaluation")
-    return iter(DataLoader(data, num_workers=num_workers, batch_sampler=Endless(batches)))
+    return iterate(data, sampler, batch_size, num_workers, drop_last=kind != "evaluation")
 
 
 def make_stream(kind: str, size: int, batch_size: int, num_workers: int, draws: bool = True) -> Stream:

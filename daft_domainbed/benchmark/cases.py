@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from daft_domainbed.benchmark import inputs
-from daft_domainbed.benchmark.measure import Bench, Case, Column, Contests, Goal, Play, Player
+from daft_domainbed.benchmark.measure import Bench, Case, Column, Contests, Goal, Play, Player, list_flags
 from daft_domainbed.benchmark.sizes import RECORDS_PER_FOLDER
 from daft_domainbed.errors import RunError
 
@@ -47,7 +47,7 @@ def small_job(bench: Bench) -> Contests:
 
     def use(bench_method: Callable[..., Any]) -> dict[Column, Callable[[], Any]]:
         def run(module: str, **options: Any) -> Any:
-            flags = _list_flags(dataset="Debug28", steps=20, checkpoint_freq=10, hparams={"batch_size": 8})
+            flags = list_flags(dataset="Debug28", steps=20, checkpoint_freq=10, hparams={"batch_size": 8})
             return bench_method(module, *flags, "--output_dir", bench.make_folder("small"), **options)
 
         plays: dict[Column, Callable[[], Any]] = {"ours": lambda: run(TRAIN), "bare": lambda: bench_method(BARE, 1)}
@@ -65,11 +65,11 @@ def many_jobs(bench: Bench) -> Contests:
 
     def launch(script: str, n_jobs: int, **options: Any) -> tuple[float, Path]:
         folder = bench.make_folder("sweep")
-        flags = _list_flags(datasets="Debug28", algorithms="ERM", steps=20, hparams={"batch_size": 8}, n_hparams=1)
-        flags += ["--n_trials", n_jobs // 3, "--single_test_envs", "--command_launcher", "local"]
+        flags = ["--single_test_envs", "--skip_confirmation"]
+        flags += list_flags(datasets="Debug28", algorithms="ERM", steps=20, hparams={"batch_size": 8}, n_hparams=1)
+        flags += list_flags(n_trials=n_jobs // 3, command_launcher="local", output_dir=folder)
         if not options:
-            flags += ["--n_jobs", bench.threads, "--threads", 1]
-        flags += ["--skip_confirmation", "--output_dir", folder]
+            flags += list_flags(n_jobs=bench.threads, threads=1)
         return bench.time(script, "launch", *flags, **options), folder
 
     def launch_host() -> float:
@@ -104,7 +104,7 @@ def digits(bench: Bench) -> Contests:
 
     def run(module: str, **options: Any) -> dict[str, float]:
         folder = bench.make_folder("job")
-        flags = _list_flags(**arguments, steps=size.digits_steps, checkpoint_freq=size.digits_checkpoint)
+        flags = list_flags(**arguments, steps=size.digits_steps, checkpoint_freq=size.digits_checkpoint)
         seconds = bench.time(module, *flags, "--output_dir", folder, **options)
         steps = json.loads((folder / "results.jsonl").read_text().splitlines()[-1])["step_time"]
         shutil.rmtree(folder)
@@ -251,21 +251,14 @@ def demo(bench: Bench) -> Contests:
     """A slice of the EmojiStyles demo: ERM for every style, as many jobs at a time as threads, one thread each."""
 
     def run(n_jobs: int, threads: int) -> dict[str, float]:
-        flags = _list_flags(dataset="EmojiStyles", algorithms="ERM", steps=bench.size.demo_steps, n_jobs=n_jobs)
-        flags += ["--threads", threads, "--output_dir", bench.make_folder("demo")]
+        flags = list_flags(dataset="EmojiStyles", algorithms="ERM", steps=bench.size.demo_steps, n_jobs=n_jobs)
+        flags += list_flags(threads=threads, output_dir=bench.make_folder("demo"))
         return {"wall": bench.time("daft_domainbed.scripts.run", *flags)}
 
     yield {"ours": lambda: run(bench.threads, 1), "bare": lambda: run(1, bench.threads)}
 
 
 # --- what rows have in common ---------------------------------------------------------------------------------------
-
-
-def _list_flags(**values: Any) -> list[Any]:
-    flags: list[Any] = []
-    for name, value in ({"data_dir": "."} | values).items():
-        flags += [f"--{name}", json.dumps(value) if isinstance(value, dict) else value]
-    return flags
 
 
 def _pace_engine(bench: Bench, **args: Any) -> Any:

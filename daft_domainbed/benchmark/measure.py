@@ -6,6 +6,7 @@ Nothing here imports torch: what is measured runs in processes of its own.
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import platform
 import shutil
@@ -27,6 +28,7 @@ from typing import IO, Any, Literal
 import daft_domainbed
 from daft_domainbed.benchmark.sizes import Size
 from daft_domainbed.errors import RunError, UsageError
+from daft_domainbed.machine import count_cores
 
 Column = Literal["ours", "host", "bare"]
 COLUMNS: tuple[Column, ...] = ("ours", "host", "bare")
@@ -307,6 +309,14 @@ def _end(process: Popen[bytes]) -> None:
     process.wait()
 
 
+def list_flags(**values: Any) -> list[str]:
+    """Return flags as DomainBed takes them, which wants a data folder whether it is read or not."""
+    flags = []
+    for name, value in ({"data_dir": "."} | values).items():
+        flags += [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
+    return flags
+
+
 def list_family(pid: int) -> list[int]:
     """Return a process and all that descend from it."""
     family = [pid]
@@ -339,11 +349,6 @@ def copy_clone(scratch: Path) -> Path | None:
     target = scratch / "clone"
     shutil.copytree(Path(root, "domainbed"), target / "domainbed", ignore=shutil.ignore_patterns("__pycache__"))
     return target
-
-
-def count_cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def describe_place() -> dict[str, Any]:

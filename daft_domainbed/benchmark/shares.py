@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from daft_domainbed.benchmark import inputs
-from daft_domainbed.benchmark.measure import Bench
+from daft_domainbed.benchmark.measure import Bench, list_flags
 
 PHASES = ("imports", "data", "forward", "backward", "optimizer", "evaluation", "resume file", "models", "rest")
 
@@ -165,9 +165,7 @@ def profile_jobs(bench: Bench, repeat: int) -> list[dict[str, Any]]:
             folder = str(bench.make_folder("run"))
             shares["ours"].append(bench.call("shares:profile_ours", folder=folder, hparams=own, **args))
             if bench.clone:
-                flags = {"data_dir": "."} | args | {"hparams": json.dumps(hparams)}
-                argv = [text for flag, value in flags.items() for text in (f"--{flag}", str(value))]
-                argv += ["--output_dir", str(bench.make_folder("run"))]
+                argv = list_flags(**args, hparams=hparams, output_dir=bench.make_folder("run"))
                 shares["host"].append(bench.call("shares:profile_host", with_host=True, argv=argv))
         for column, profiles in shares.items():
             if profiles:

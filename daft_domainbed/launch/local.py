@@ -17,6 +17,7 @@ from daft_domainbed.launch.plan import Job
 from daft_domainbed.launch.schedule import Ended, Observer, Progress, run_graph
 from daft_domainbed.launch.states import is_done, read_failure
 from daft_domainbed.launch.work import Outcome
+from daft_domainbed.machine import count_cores
 
 
 def run_local(root: Path, jobs: Sequence[Job], options: Options, observer: Observer) -> dict[str, str]:
@@ -34,11 +35,6 @@ def run_multi_gpu(root: Path, jobs: Sequence[Job], options: Options, observer: O
         raise UsageError("--command_launcher multi_gpu: no GPU is visible here; use local")
     n_jobs = options.n_jobs or len(devices)
     return _run(root, jobs, options, observer, [devices[i % len(devices)] for i in range(n_jobs)])
-
-
-def count_cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def list_gpus() -> list[str]:

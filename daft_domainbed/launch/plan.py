@@ -109,16 +109,15 @@ def make_plan(sweep: SweepArgs) -> list[Job]:
     Raises:
         UsageError: An unknown name, or a hyperparameter that no algorithm of the sweep knows.
     """
-    if sweep.n_trials_from >= sweep.n_trials:
-        raise UsageError(
-            f"--n_trials_from {sweep.n_trials_from} leaves none of the trials, which end before --n_trials "
-            f"{sweep.n_trials}: choose a smaller one"
-        )
-    if sweep.n_hparams_from >= sweep.n_hparams:
-        raise UsageError(
-            f"--n_hparams_from {sweep.n_hparams_from} leaves none of the draws, which end before --n_hparams "
-            f"{sweep.n_hparams}: choose a smaller one"
-        )
+    for name, first, end, what in (
+        ("n_trials", sweep.n_trials_from, sweep.n_trials, "trials"),
+        ("n_hparams", sweep.n_hparams_from, sweep.n_hparams, "draws"),
+    ):
+        if first >= end:
+            raise UsageError(
+                f"--{name}_from {first} leaves none of the {what}, which end before --{name} {end}: "
+                "choose a smaller one"
+            )
     host = plugin.find_host(sweep.host)
     plugin.register(host)
     user = hparams.parse_json(sweep.hparams)

@@ -84,13 +84,13 @@ def measure(scratch: Path, cases: Sequence[Case], args: argparse.Namespace) -> d
     from daft_domainbed.benchmark.measure import (
         Bench,
         copy_clone,
-        count_cores,
         describe_place,
         get_load,
         make_row,
         play,
     )
     from daft_domainbed.benchmark.sizes import SIZES
+    from daft_domainbed.machine import count_cores
 
     bench = Bench(scratch, SIZES[args.scale], args.threads or count_cores(), copy_clone(scratch))
     place = describe_place()

@@ -26,6 +26,7 @@ from pathlib import Path
 import daft_domainbed
 from daft_domainbed.cli import ArgumentParser, run_command
 from daft_domainbed.errors import UsageError
+from daft_domainbed.machine import count_cores
 
 CORE_PACKAGES = ("torch", "torchvision", "numpy", "safetensors", "pillow", "rich", "jinja2", "pyyaml")
 UPSTREAM_PACKAGES = ("wilds", "timm", "tqdm")
@@ -100,19 +101,21 @@ def check_torch() -> Iterator[Check]:
         yield Check("machine", "GPU", "broken", detail, _pip_install("torch", "torchvision"))
     else:
         yield Check("machine", "GPU", "ok", "none: runs take the CPU")
+    yield _check_compiler()
+
+
+def _check_compiler() -> Check:
     from daft_domainbed.pixels import load_compiled
 
     if load_compiled():
-        yield Check("machine", "C compiler", "ok", "images of folders are jittered by compiled code")
-    else:
-        detail = "none that works: images of folders are jittered by torchvision, to the same numbers at half the speed"
-        yield Check("machine", "C compiler", "missing", detail, "apt install gcc libc6-dev, or your system's")
+        return Check("machine", "C compiler", "ok", "images of folders are jittered by compiled code")
+    detail = "none that works: images of folders are jittered by torchvision, to the same numbers at half the speed"
+    return Check("machine", "C compiler", "missing", detail, "apt install gcc libc6-dev, or your system's")
 
 
 def check_machine(folder: Path) -> Iterator[Check]:
     """Look at the processor, the memory, and the folder that a run would write to."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield Check("machine", "processor", "ok", f"{platform.machine()}, {cores} cores")
+    yield Check("machine", "processor", "ok", f"{platform.machine()}, {count_cores()} cores")
     if hasattr(os, "sysconf"):
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         yield Check("machine", "memory", "ok", f"{memory / 2**30:.1f} GiB")
