@@ -27,6 +27,7 @@ class TrainArgs:
         data_seed: What the data set is built under where it is not `seed`: a teacher's data are its student's.
         teachers_dir: The store of teachers; None is `teachers/` beside the output folder.
         image_cache: A folder for decoded images; None decodes each image whenever it is read.
+        feature_cache: A folder for the features of frozen backbones; None keeps them for the run.
     """
 
     dataset: str = "RotatedMNIST"
@@ -50,6 +51,7 @@ class TrainArgs:
     precision: str = "fp32"
     teachers_dir: str | None = None
     image_cache: str | None = None
+    feature_cache: str | None = None
     data_seed: int | None = None
 
 
@@ -194,5 +196,6 @@ def make_teacher_args(args: TrainArgs, request: Request, user: Mapping[str, Any]
         precision=args.precision,
         teachers_dir=str(folder.parent),
         image_cache=args.image_cache,
+        feature_cache=args.feature_cache,
         data_seed=request.data_seed,
     )

@@ -15,6 +15,7 @@ from daft_domainbed.attacks import INPUT_SPECS, InputSpec
 from daft_domainbed.checkpoints import load_weights
 from daft_domainbed.errors import UsageError, suggest
 from daft_domainbed.feature_memory import FeatureMemory
+from daft_domainbed.feature_store import FeatureStore, name_backbone
 
 IMAGENET = INPUT_SPECS["imagenet"]
 _RESNET8 = re.compile(r"resnet8_w(\d+)")
@@ -98,6 +99,9 @@ class _Headless(nn.Module):
         shape = input_shape if side is None else (input_shape[0], side, side)
         self.n_outputs = _count_features(network, shape, name)
 
+    def extra_repr(self) -> str:
+        return f"side={self.side}, theirs={self.theirs}, ours={self.ours}"
+
     def forward(self, x: Tensor) -> Tensor:
         if self.side is not None and x.shape[-1] != self.side:
             x = F.interpolate(x, size=(self.side, self.side), mode="bilinear", align_corners=False)
@@ -163,13 +167,26 @@ def freeze(module: nn.Module, *, remembers: bool = False) -> nn.Module:
     return module
 
 
+def share_features(model: nn.Module, folder: Path, warn: Callable[[str], None]) -> None:
+    """Let a model's frozen backbones keep their features on disk, for all jobs.
+
+    Args:
+        model: Its parts that were frozen, and keep what they have encoded, are found.
+        folder: Of one file a backbone.
+        warn: Told where a file cannot be used.
+    """
+    for module in model.modules():
+        if isinstance(module, _Remembering):
+            module.memory = FeatureStore(folder / f"{name_backbone(module)}.sqlite", warn)
+
+
 class _Frozen:
     def train(self, mode: bool = True) -> Any:
         return self
 
 
 class _Remembering(_Frozen):
-    memory: FeatureMemory
+    memory: FeatureMemory | FeatureStore
 
     def forward(self, x: Tensor) -> Tensor:
         encode: Callable[[Tensor], Tensor] = super().forward  # type: ignore[misc]  # of the class that it is mixed into

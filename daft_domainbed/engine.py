@@ -19,6 +19,7 @@ import torch
 
 from daft_domainbed import checkpoints, hparams, plugin, provenance, randomness, resume, stopping, streams
 from daft_domainbed.arguments import Job, TrainArgs, make_request, make_teacher_args, prepare
+from daft_domainbed.backbones import share_features
 from daft_domainbed.errors import RunError, UsageError
 from daft_domainbed.image_cache import cache_images
 from daft_domainbed.loaders import make_eval_stream, make_stream
@@ -134,6 +135,9 @@ class _Run:
         self.precision.prepare(self.algorithm, dataset.input_shape)
         if teacher := self._get_teacher():
             self.precision.prepare(teacher.model, dataset.input_shape)
+        if args.feature_cache:
+            for model in [self.algorithm, *([teacher.model] if teacher else [])]:
+                share_features(model, Path(args.feature_cache), self.log.warn)
         self._start(saved)
         self._loop()
         self._finish()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
 
 import torch
@@ -41,13 +41,13 @@ class FeatureMemory:
             with torch.no_grad():
                 return encode(images)
         pixels = images.detach().contiguous().flatten(1)
-        precision = str((images.dtype, torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"))).encode()
+        precision = name_precision(images)
         step = max(1, pixels.shape[1] // _SAMPLE)
-        samples = _digest(pixels[:, ::step], precision)
+        samples = digest(pixels[:, ::step], precision)
         has_come = [sample in self._kept for sample in samples]
         self.n_new = 0 if any(has_come) else self.n_new + len(images)
         compared = [i for i, came in enumerate(has_come) if came or self.n_new < _PATIENCE]
-        wholes = dict(zip(compared, _digest(pixels[compared], precision), strict=True))
+        wholes = dict(zip(compared, digest(pixels[compared], precision), strict=True))
 
         features: dict[int, Tensor] = {}
         for i, whole in wholes.items():
@@ -55,12 +55,7 @@ class FeatureMemory:
             if kept is not None and kept[0] == whole:
                 features[i] = kept[1]
         rows = [i for i in range(len(images)) if i not in features]
-        with torch.no_grad():
-            for start in range(0, len(rows), _CHUNK):
-                chunk = rows[start : start + _CHUNK]
-                padded = chunk + [chunk[0]] * (_CHUNK - len(chunk))
-                is_run = padded == [*range(chunk[0], chunk[0] + _CHUNK)]  # which needs no copy
-                features |= zip(chunk, encode(images[chunk[0] :][:_CHUNK] if is_run else images[padded]), strict=False)
+        features |= encode_in_chunks(images, rows, encode)
         for i, sample in enumerate(samples):
             self._kept.pop(sample, None)  # the latest come last
             self._kept[sample] = (wholes[i], features[i].clone()) if i in wholes else None
@@ -72,6 +67,25 @@ class FeatureMemory:
             del self._kept[sample]
 
 
-def _digest(rows: Tensor, precision: bytes) -> list[bytes]:
+def encode_in_chunks(images: Tensor, rows: Sequence[int], encode: Callable[[Tensor], Tensor]) -> dict[int, Tensor]:
+    """Return the features of some rows of a batch, by row, whose bits do not depend on which rows these are."""
+    features: dict[int, Tensor] = {}
+    with torch.no_grad():
+        for start in range(0, len(rows), _CHUNK):
+            chunk = [*rows[start : start + _CHUNK]]
+            padded = chunk + [chunk[0]] * (_CHUNK - len(chunk))
+            is_run = padded == [*range(chunk[0], chunk[0] + _CHUNK)]  # which needs no copy
+            features |= zip(chunk, encode(images[chunk[0] :][:_CHUNK] if is_run else images[padded]), strict=False)
+    return features
+
+
+def name_precision(images: Tensor) -> bytes:
+    """Return the arithmetic that images would be encoded in now; features of another one are others."""
+    kind = images.device.type
+    return str((images.dtype, torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind))).encode()
+
+
+def digest(rows: Tensor, precision: bytes) -> list[bytes]:
+    """Return a hash of each row of numbers, [B, N], with the precision for a key."""
     numbers = rows.contiguous().view(torch.uint8).numpy()
     return [blake2b(row.data, digest_size=16, key=precision).digest() for row in numbers]

@@ -22,7 +22,7 @@ _COLUMN_WIDTH = 12
 
 # Where a run lies, where its data and teachers lie (what they hold is verified) and on what it runs may change between
 # two starts.
-_MOVABLE = ("output_dir", "data_dir", "teachers_dir", "image_cache", "device")
+_MOVABLE = ("output_dir", "data_dir", "teachers_dir", "image_cache", "feature_cache", "device")
 
 
 @contextmanager

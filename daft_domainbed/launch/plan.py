@@ -49,7 +49,7 @@ _MAY_GROW: dict[str, Callable[[Any, Any], Any]] = {
     "n_hparams_from": min,
 }
 # Where a sweep lies and what it runs on do not make it another sweep.
-_INCIDENTAL = ("output_dir", "data_dir", "teachers_dir", "image_cache", "device")
+_INCIDENTAL = ("output_dir", "data_dir", "teachers_dir", "image_cache", "feature_cache", "device")
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ class SweepArgs:
     precision: str = "fp32"
     teachers_dir: str | None = None
     image_cache: str | None = None
+    feature_cache: str | None = None
     threads: int = 1
 
 
@@ -306,6 +307,7 @@ def _list_students(host: plugin.Host, sweep: SweepArgs, user: dict[str, Any]) ->
                             device=sweep.device,
                             precision=sweep.precision,
                             image_cache=sweep.image_cache,
+                            feature_cache=sweep.feature_cache,
                         )
 
 

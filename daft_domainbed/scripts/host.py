@@ -55,8 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if {"-h", "--help"} & set(args.args):
             raise UsageError(
                 "DomainBed's own --help of its train script fails (a % in one of its texts); its flags are those of "
-                "'daft-domainbed train --help' without --host, --device, --precision, --teachers_dir, --image_cache "
-                "and --data_seed"
+                "'daft-domainbed train --help' without --host, --device, --precision, --teachers_dir, --image_cache, "
+                "--feature_cache and --data_seed"
             )
         _watch_training(host, args.args)
     if args.module == SWEEP:

@@ -166,7 +166,8 @@ def collect_sweep_args(given: dict[str, Any]) -> SweepArgs:
     if (root / PLAN_FILE).is_file():
         values = {name: value for name, value in read_sweep_args(root).items() if name in names}
         student = next(job.args for job in read_jobs(root) if job.stage == "student")
-        values |= {name: getattr(student, name) for name in ("data_dir", "device", "teachers_dir", "image_cache")}
+        places = ("data_dir", "device", "teachers_dir", "image_cache", "feature_cache")
+        values |= {name: getattr(student, name) for name in places}
         if Path(student.teachers_dir or "") == Path(student.output_dir).parent / "teachers":
             del values["teachers_dir"]  # the sweep's own, which moves with it
     values |= {name: value for name, value in given.items() if name in names}

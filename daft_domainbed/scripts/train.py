@@ -59,6 +59,9 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image_cache", metavar="DIR", help="decode the images of folders once, into files that jobs share"
     )
+    parser.add_argument(
+        "--feature_cache", metavar="DIR", help="keep the features of frozen backbones, in files that jobs share"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
