@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,7 @@ class _Run:
     ) -> None:
         self.job, self.folder, self.claim, self.log, self.on_step = job, folder, claim, log, on_step
         self.args, self.host, self.device = job.args, job.host, job.device
+        self.began = datetime.now(timezone.utc)
         self.hparams = dict(job.hparams)  # the algorithm replaces each "auto" by its value
 
     def execute(self, saved: dict[str, Any] | None) -> None:
@@ -287,6 +289,7 @@ class _Run:
         record |= {"hparams": self.hparams, "args": asdict(self.args)}
         if not self.n_records:
             record["environments"] = list(self.job.dataset_class.ENVIRONMENTS)
+            record["started"] = self.began.isoformat(timespec="seconds")
             record["machine"] = describe_machine(self.device, self.args.precision)
             if teacher := self._get_teacher_facts():
                 record["teacher"] = teacher

@@ -115,6 +115,7 @@ TABLE: dict[str, Hparam] = {
     "aft_target_mix": Hparam(_AFT, 0.5, _number(0, 1), _pick(0.0, 0.5, 1.0)),
     "aft_target_temperature": Hparam(_AFT, 1.0, _number(0, open_low=True)),
     "aft_steps": Hparam(frozenset({"DAFT"}), "auto", _or_auto(_number(1, integer=True))),
+    "sma_start": Hparam(frozenset({"SMA"}), 100, _number(0, integer=True)),
     "input_size": Hparam(None, 224, _number(8, integer=True)),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import subprocess
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,22 @@ def keep_freed_memory() -> None:
         library.mallopt(mmap_threshold, 2**30)
 
 
+def find_commit(file: Path) -> str | None:
+    """Return the commit that a file belongs to, "+" after it where the working tree differs; None if there is none.
+
+    A file that git does not know, such as one installed into an environment inside someone's repository, has none.
+    """
+
+    def ask(*command: str) -> str:
+        git = ["git", "-C", str(file.parent), *command]
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+
+    with suppress(OSError, subprocess.CalledProcessError):
+        ask("ls-files", "--error-unmatch", file.name)
+        return ask("describe", "--always", "--exclude=*", "--dirty=+")
+    return None
+
+
 def describe_machine(device: torch.device, precision: str) -> dict[str, Any]:
     """Return versions and hardware, for the first record of a run."""
     import numpy as np
@@ -37,6 +54,7 @@ def describe_machine(device: torch.device, precision: str) -> dict[str, Any]:
 
     return {
         "daft_domainbed": __version__,
+        "commit": find_commit(Path(__file__)),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,

@@ -27,8 +27,8 @@ TEACHER_HPARAMS = {"teacher_backbone": "resnet8_w4"}
 FLAGS = {"dataset": "Debug28", "steps": 6, "checkpoint_freq": 2, "device": "cpu"}
 
 # What no two runs share: times, and where they lie.
-TIMES = {"step_time", "seconds", "mem_gb"}
-PLACES = {"output_dir", "teachers_dir", "image_cache"}
+TIMES = {"step_time", "seconds", "mem_gb", "started"}
+PLACES = {"output_dir", "teachers_dir", "image_cache", "feature_cache"}
 
 
 class Tiny:

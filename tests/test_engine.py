@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import fields
+from datetime import datetime, timedelta
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +33,7 @@ UPSTREAM_FLAGS = {
     *("output_dir", "save_model_every_checkpoint", "seed", "skip_model_save", "steps", "task", "test_envs"),
     *("trial_seed", "uda_holdout_fraction"),
 }
-OUR_FLAGS = {"host", "device", "precision", "teachers_dir", "image_cache", "data_seed"}
+OUR_FLAGS = {"host", "device", "precision", "teachers_dir", "image_cache", "feature_cache", "data_seed"}
 EVALUATIONS = ["env0_in", "env1_in", "env2_in", "env0_out", "env1_out", "env2_out"]
 
 
@@ -70,12 +71,13 @@ class TestRecords:
     def test_keys_are_upstreams(self, tiny: Any, records: Records) -> None:
         first, *middle, last = records(tiny.train())
         assert [record["step"] for record in [first, *middle, last]] == [0, 2, 4, 5]
-        assert first.keys() == UPSTREAM_KEYS | {"environments", "machine"}
+        assert first.keys() == UPSTREAM_KEYS | {"environments", "machine", "started"}
         assert all(record.keys() == UPSTREAM_KEYS for record in middle)
         assert last.keys() == UPSTREAM_KEYS | {"seconds"}
         assert first["args"].keys() == UPSTREAM_FLAGS | OUR_FLAGS == {field.name for field in fields(TrainArgs)}
         assert first["environments"] == ["0", "1", "2"]
         assert first["machine"]["daft_domainbed"] == __version__
+        assert datetime.fromisoformat(first["started"]).utcoffset() == timedelta(0)
         versions = {"python", "torch", "torchvision", "numpy"}
         assert first["machine"].keys() >= versions | {"platform", "cpu", "threads", "device", "precision"}
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from daft_domainbed import hparams, plugin
 from daft_domainbed.errors import UsageError
 
-OURS = ("ERM", "KD", "DAFT", "AFT")
+OURS = ("ERM", "KD", "DAFT", "AFT", "SMA")
 NETWORK = {"backbone", "weights", "backbone_frozen", "backbone_input_size", "pixels"}
 TEACHER = {
     "teacher", "teacher_backbone", "teacher_weights", "teacher_frozen", "teacher_input_size", "teacher_steps",
@@ -27,6 +27,7 @@ NAMES = {
     "KD": NETWORK | TEACHER | KD,
     "DAFT": NETWORK | TEACHER | KD | AFT | {"aft_steps"},
     "AFT": TEACHER | AFT,
+    "SMA": NETWORK | {"sma_start"},
 }
 DEFAULTS = {
     "backbone": "default", "weights": "pretrained", "backbone_frozen": False, "backbone_input_size": "auto",
@@ -35,6 +36,7 @@ DEFAULTS = {
     "kd_weight": 0.7, "kd_temperature": 4.0,
     "aft_scope": "head", "aft_attack": "pixels", "aft_norm": "auto", "aft_eps": "auto", "aft_attack_steps": "auto",
     "aft_weight": 1.0, "aft_target_mix": 0.5, "aft_target_temperature": 1.0, "aft_steps": "auto", "input_size": 224,
+    "sma_start": 100,
 }  # fmt: skip
 SETS = {  # the student's backbone, the ERM teacher's, what a pixel is
     "EmojiStyles": ("resnet8_w8", "resnet8_w32", "unit"),
@@ -217,6 +219,7 @@ BAD_VALUES: dict[str, list[Any]] = {
     "aft_target_mix": [2, -1, None],
     "aft_target_temperature": [0, -1.0, float("inf")],
     "aft_steps": [0, 10.0],
+    "sma_start": [-1, 0.5, "auto"],
     "input_size": [0, 7, 32.0, "224", True],
     "lr": [0, -1e-3, "1e-3", True, float("nan"), float("inf"), None],
     "batch_size": [0, -8, 16.0, "16", True],
@@ -236,8 +239,9 @@ def test_every_hyperparameter_of_ours_is_here() -> None:
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD_VALUES.items() for value in values])
 def test_bad_values_are_refused_by_name(host: plugin.Host, name: str, value: Any) -> None:
     dataset = "folder:somewhere" if name == "input_size" else "ColoredDigits"
+    algorithm = "SMA" if name == "sma_start" else "DAFT"
     with pytest.raises(UsageError) as caught:
-        hparams.check_values({name: value}, plugin.get_default_hparams(host, "DAFT", dataset, {}))
+        hparams.check_values({name: value}, plugin.get_default_hparams(host, algorithm, dataset, {}))
     message = str(caught.value)
     assert message.startswith(f"hyperparameter {name} is {json.dumps(value)}: it must be ")
     assert "\n" not in message
@@ -287,7 +291,8 @@ GOOD_VALUES: dict[str, st.SearchStrategy[Any]] = {
     "aft_scope": st.sampled_from(["head", "all"]), "aft_attack": st.sampled_from(["pixels", "features"]),
     "aft_norm": st.sampled_from(["auto", "linf", "l2"]), "aft_eps": _radii(),
     "aft_attack_steps": _auto_or(st.integers(0, 100)), "aft_weight": _unit, "aft_target_mix": _unit,
-    "aft_target_temperature": _positive, "aft_steps": _steps, "input_size": st.integers(8, 1024),
+    "aft_target_temperature": _positive, "aft_steps": _steps, "sma_start": st.integers(0, 1000),
+    "input_size": st.integers(8, 1024),
 }  # fmt: skip
 
 

@@ -19,6 +19,12 @@ class ERM(nn.Module):
         self, input_shape: Sequence[int], num_classes: int, num_domains: int, hparams: Mapping[str, Any]
     ) -> None: ...
 
+    def update(
+        self, minibatches: Sequence[tuple[Tensor, Tensor]], unlabeled: Sequence[Tensor] | None = None
+    ) -> dict[str, float]:
+        """Take one step; return the losses by name."""
+        raise NotImplementedError
+
     def predict(self, x: Tensor) -> Tensor:
         """Return logits, [B, K]."""
         raise NotImplementedError

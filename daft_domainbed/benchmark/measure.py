@@ -12,7 +12,6 @@ import platform
 import shutil
 import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,7 +27,7 @@ from typing import IO, Any, Literal
 import daft_domainbed
 from daft_domainbed.benchmark.sizes import Size
 from daft_domainbed.errors import RunError, UsageError
-from daft_domainbed.machine import count_cores
+from daft_domainbed.machine import count_cores, find_commit
 
 Column = Literal["ours", "host", "bare"]
 COLUMNS: tuple[Column, ...] = ("ours", "host", "bare")
@@ -355,8 +354,8 @@ def describe_place() -> dict[str, Any]:
     """Return commit, memory and load, beside which `machine.describe_machine` has versions and hardware."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return {
-        "commit": _find_commit(),
-        "host_commit": _find_commit(os.environ.get("DOMAINBED_ROOT")),
+        "commit": find_commit(Path(daft_domainbed.__file__)),
+        "host_commit": find_commit(Path(root, "README.md")) if (root := os.environ.get("DOMAINBED_ROOT")) else None,
         "node": platform.node(),
         "cores_usable": count_cores(),
         "memory_gib": round(memory, 1),
@@ -367,13 +366,3 @@ def describe_place() -> dict[str, Any]:
 def get_load() -> float:
     """Return how many processes wanted to run in the last minute, on average."""
     return round(os.getloadavg()[0], 2)
-
-
-def _find_commit(folder: str | Path | None = Path(daft_domainbed.__file__).parent) -> str | None:
-    """Return the commit of a folder's repository, "+" where something differs from it; None if there is none."""
-    if folder is None:
-        return None
-    with suppress(OSError, subprocess.CalledProcessError):
-        command = ["git", "-C", str(folder), "describe", "--always", "--exclude=*", "--dirty=+"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    return None

@@ -1,0 +1,46 @@
+"""ERM with its weights averaged along the way: the cheap baseline that any gain has to beat."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
+
+if TYPE_CHECKING:
+    from daft_domainbed.algorithms.host import ERM
+else:
+    ERM = object  # `plugin.register` puts the host's ERM behind the mixin
+
+
+class SMA(ERM):
+    """The simple moving average of ERM's weights ("Ensemble of Averages", Arpit et al., 2022, equation 1).
+
+    Trains as ERM does, to the last bit, and predicts with the mean of the weights after every step from `sma_start`
+    on; until then with the latest. Batch norm's statistics are averaged like weights. One more copy of the network,
+    no more steps.
+    """
+
+    def __init__(self, input_shape: Sequence[int], num_classes: int, num_domains: int, hparams: dict[str, Any]) -> None:
+        super().__init__(input_shape, num_classes, num_domains, hparams)
+        self.averaged = AveragedModel(self.network, use_buffers=True).requires_grad_(False)
+        self.n_steps: Tensor
+        self.register_buffer("n_steps", torch.zeros((), dtype=torch.long))
+
+    def update(
+        self, minibatches: Sequence[tuple[Tensor, Tensor]], unlabeled: Sequence[Tensor] | None = None
+    ) -> dict[str, float]:
+        """Take ERM's step on a minibatch (x [B, C, H, W], y [B]) of every training domain, and average."""
+        losses = super().update(minibatches, unlabeled)
+        self.n_steps += 1
+        if self.n_steps <= self.hparams["sma_start"]:
+            self.averaged.n_averaged.zero_()  # the next update copies
+        self.averaged.update_parameters(self.network)
+        return losses
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Return logits, [B, K]: of the network in training mode, of the averaged one in evaluation mode."""
+        logits: Tensor = (self.network if self.training else self.averaged)(x)
+        return logits
