@@ -94,21 +94,21 @@ def load_teacher(algorithm: str, wanted: Mapping[str, Any]) -> Teacher:
         content = checkpoints.load_checkpoint(path)
         _check_kind(algorithm, content, path)
         _verify(content, path, facts, is_auto=wanted["teacher"] == "auto")
-        model = build_model(content, path, facts)
+        model = build_model(content, path, facts.host)
         described = describe_teacher(content, path, facts.output_dir)
         described["sha256"] = checkpoints.hash_state(model.state_dict())
         facts.announce(described)
         return Teacher(model, path, content["model_hparams"], facts.input_spec, facts.request.seed, described)
 
 
-def build_model(content: Mapping[str, Any], path: Path, facts: RunFacts) -> Any:
+def build_model(content: Mapping[str, Any], path: Path, host: plugin.Host) -> Any:
     """Build a checkpoint's model from its own hyperparameters, with its weights loaded strictly."""
     name = content["args"].get("algorithm", "ERM")
     ours = name in hparams.TEACHER_KINDS  # our students and AFT teachers hold nothing but ERM's parameters
     # The checkpoint brings every weight: pretrained ones would be downloaded only to be overwritten.
     own = content["model_hparams"] | {"weights": "none"}
     try:
-        kind = facts.host.algorithms.ERM if ours else plugin.get_algorithm_class(facts.host, name)
+        kind = host.algorithms.ERM if ours else plugin.get_algorithm_class(host, name)
         model = kind(
             tuple(content["model_input_shape"]), content["model_num_classes"], content["model_num_domains"], own
         )

@@ -6,8 +6,8 @@ A trial's number is the mean, over held-out domains, of the accuracy that a sele
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -66,19 +66,31 @@ def compare(
             )
     if len({first, *others}) < 1 + len(others):
         raise UsageError(f"--compare {' '.join((first, *others))}: an algorithm is named twice")
-    comparisons = []
-    for table in tables:
-        family = [_compare(table, first, other) for other in others]
-        tested = [entry.p for entry in family if entry.p is not None]
-        adjusted = iter(adjust_holm(tested))
-        comparisons += [
-            entry if entry.p is None else Comparison(**vars(entry) | {"p_adjusted": next(adjusted)}) for entry in family
-        ]
-    return comparisons
+    return [entry for table in tables for entry in correct_family([_compare(table, first, other) for other in others])]
+
+
+def correct_family(family: Sequence[Comparison]) -> list[Comparison]:
+    """Fill in the p-values corrected for a family of comparisons, those that could not be tested left out."""
+    adjusted = iter(adjust_holm([entry.p for entry in family if entry.p is not None]))
+    return [entry if entry.p is None else replace(entry, p_adjusted=next(adjusted)) for entry in family]
 
 
 def _compare(table: Table, first: str, second: str) -> Comparison:
-    ours, theirs = (_collect_trials(table, name) for name in (first, second))
+    return compare_trials(table, first, second, collect_trials(table, first), collect_trials(table, second))
+
+
+def compare_trials(
+    table: Table, first: str, second: str, ours: Mapping[int, list[float]], theirs: Mapping[int, list[float]]
+) -> Comparison:
+    """Compare two lots of trials, which may be of two sweeps of the same data set.
+
+    Args:
+        table: Names data set, selection and held-out domains.
+        first: What ours are called.
+        second: What theirs are called.
+        ours: Accuracy in percent on each held-out domain, by trial.
+        theirs: The same of what they are compared with; only trials that both have count.
+    """
     trials = sorted(ours.keys() & theirs.keys())
     pairs = np.array([np.subtract(ours[trial], theirs[trial]) for trial in trials])
     gains = pairs.mean(axis=1).tolist() if trials else []
@@ -98,8 +110,8 @@ def _compare(table: Table, first: str, second: str) -> Comparison:
     )
 
 
-def _collect_trials(table: Table, algorithm: str) -> dict[int, list[float]]:
-    """Return the accuracies of each trial that has one for every held-out domain."""
+def collect_trials(table: Table, algorithm: str) -> dict[int, list[float]]:
+    """Return a student's accuracies, in percent, of each trial that has one for every held-out domain."""
     rows = [row for row in table.rows if (row.role, row.algorithm) == ("student", algorithm)]
     for row in rows:
         cells = [{number.choice.run.key.trial_seed: number.accuracy for number in cell.numbers} for cell in row.cells]
