@@ -1,0 +1,154 @@
+"""Features on disk: the encoder's own, asked for once by all who share a file, and never a reason to fail."""
+
+from __future__ import annotations
+
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from daft_domainbed import checkpoints
+from daft_domainbed.backbones import freeze, share_features
+from daft_domainbed.feature_store import FeatureStore, name_backbone
+from tests.test_feature_memory import BATCHES, Encoder, make_images, make_network
+
+
+def refuse(text: str) -> None:
+    pytest.fail(text)
+
+
+@given(BATCHES)
+def test_answers_as_the_encoder_does_and_asks_it_once_an_image(
+    tmp_path_factory: pytest.TempPathFactory, batches: list[list[int]]
+) -> None:
+    file, encoder = tmp_path_factory.mktemp("store") / "a.sqlite", Encoder()
+    for values in batches:  # each in another job
+        features = FeatureStore(file, refuse).recall(make_images(values), encoder)
+        assert features.tolist() == [[4.0 * value] * 3 for value in values]
+    assert len(encoder.seen) == len({value for values in batches for value in values})
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=8))
+def test_an_image_may_stand_in_a_batch_twice(tmp_path_factory: pytest.TempPathFactory, values: list[int]) -> None:
+    store = FeatureStore(tmp_path_factory.mktemp("store") / "a.sqlite", refuse)
+    for _ in range(2):
+        assert store.recall(make_images(values), Encoder()).tolist() == [[4.0 * value] * 3 for value in values]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_keeps_every_bit(tmp_path: Path, dtype: torch.dtype) -> None:
+    images = torch.rand(5, 3, 8, 8)
+    network = make_network().to(dtype)
+    first, second = (
+        FeatureStore(tmp_path / "a.sqlite", refuse).recall(images, lambda x: network(x.to(dtype))) for _ in range(2)
+    )
+    assert first.dtype == second.dtype == dtype
+    assert torch.equal(first, second)
+
+
+def test_which_images_came_before_changes_no_bit(tmp_path: Path) -> None:
+    network, images = make_network(), torch.rand(40, 3, 8, 8)
+    alone = FeatureStore(tmp_path / "a.sqlite", refuse).recall(images, network)
+    store = FeatureStore(tmp_path / "b.sqlite", refuse)
+    store.recall(images[::3], network)
+    assert torch.equal(store.recall(images, network), alone)
+
+
+def test_precisions_are_kept_apart(tmp_path: Path) -> None:
+    store, network, images = FeatureStore(tmp_path / "a.sqlite", refuse), make_network(), torch.rand(3, 3, 8, 8)
+    plain = store.recall(images, network)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = store.recall(images, network)
+    assert rough.dtype == torch.bfloat16 != plain.dtype
+    assert torch.equal(store.recall(images, network), plain)
+
+
+def fill(file: Path, start: int) -> None:
+    store = FeatureStore(file, refuse)
+    for value in range(start, start + 40):
+        assert store.recall(make_images([value, 1000 + value]), Encoder()).tolist()[0] == [4.0 * value] * 3
+
+
+def test_many_jobs_at_a_time(tmp_path: Path) -> None:
+    context = get_context("fork")
+    jobs = [context.Process(target=fill, args=(tmp_path / "a.sqlite", 20 * i)) for i in range(4)]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join()
+    assert [job.exitcode for job in jobs] == [0] * 4
+    encoder = Encoder()
+    FeatureStore(tmp_path / "a.sqlite", refuse).recall(make_images([*range(100)]), encoder)
+    assert encoder.seen == []
+
+
+@pytest.mark.parametrize("damage", ["garbage", "folder"])
+def test_what_cannot_be_used_is_said_once_and_done_without(tmp_path: Path, damage: str) -> None:
+    file, said, encoder = tmp_path / "a.sqlite", [], Encoder()
+    if damage == "garbage":
+        file.write_bytes(b"no database" * 1000)
+    else:
+        file.mkdir()
+    store = FeatureStore(file, said.append)
+    for _ in range(2):
+        assert store.recall(make_images([1, 2]), encoder).tolist() == [[4.0] * 3, [8.0] * 3]
+    assert len(encoder.seen) == 4
+    assert len(said) == 1
+    assert said[0].startswith(f"--feature_cache: {file} is not used (")
+
+
+def test_damage_that_appears_later_is_survived(tmp_path: Path) -> None:
+    said: list[str] = []
+    store = FeatureStore(tmp_path / "a.sqlite", said.append)
+    store.recall(make_images([1]), Encoder())
+    (tmp_path / "a.sqlite").write_bytes(b"no database" * 1000)
+    for _ in range(2):
+        assert store.recall(make_images([1, 2]), Encoder()).tolist() == [[4.0] * 3, [8.0] * 3]
+    assert len(said) <= 1
+
+
+def test_a_name_is_what_a_backbone_computes() -> None:
+    class Scaled(nn.Linear):
+        def extra_repr(self) -> str:
+            return f"scale={self.scale}"
+
+    def make(scale: float, seed: int) -> Any:
+        torch.manual_seed(seed)
+        module = Scaled(3, 2)
+        module.scale = scale
+        return module
+
+    assert name_backbone(make(1, 0)) == name_backbone(make(1, 0))
+    assert len({name_backbone(make(scale, seed)) for scale in (1, 2) for seed in (0, 1)}) == 4
+
+
+def test_only_what_is_frozen_and_remembers_is_shared(tmp_path: Path) -> None:
+    frozen = freeze(nn.Linear(3, 2), remembers=True)
+    share_features(nn.Sequential(nn.Linear(3, 3), frozen, freeze(nn.Linear(2, 2))), tmp_path / "new", refuse)
+    x = torch.rand(4, 3)
+    answer = frozen(x)
+    assert torch.equal(frozen(x), answer)
+    assert len([*(tmp_path / "new").iterdir()]) == 1
+
+
+def test_runs_with_a_store_are_those_without(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(name: str, **flags: Any) -> str:
+        hparams = {"teacher_frozen": True, "data_augmentation": False, "aft_attack": "features"}
+        run = tiny.train(name, hparams, algorithm="DAFT", teachers_dir=str(tmp_path / f"{name} teachers"), **flags)
+        return checkpoints.hash_state(checkpoints.load_checkpoint(run / "model.pkl")["model_dict"])
+
+    store = str(tmp_path / "features")
+    without = train("without")
+    assert train("first", feature_cache=store) == without
+    monkeypatch.setattr("daft_domainbed.feature_store.encode_in_chunks", refuse_new)
+    assert train("second", feature_cache=store) == without
+
+
+def refuse_new(images: Tensor, rows: list[int], encode: Any) -> dict[int, Tensor]:
+    assert not rows
+    return {}
