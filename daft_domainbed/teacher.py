@@ -239,7 +239,7 @@ def resolve_aft(wanted: Mapping[str, Any]) -> dict[str, Any]:
     if attack == "features":
         if norm == "linf":
             raise UsageError('hyperparameter aft_norm is "linf": an attack on features is measured in "l2"')
-        norm, auto, auto_steps = "l2", 0.05, 0
+        norm, auto, auto_steps = "l2", 0.025, 0
     else:
         norm = "linf" if norm == "auto" else norm
         auto, auto_steps = (4 / 255 if norm == "linf" else 0.5), 3

@@ -33,7 +33,7 @@ DEFAULTS = {
     "backbone": "default", "weights": "pretrained", "backbone_frozen": False, "backbone_input_size": "auto",
     "teacher": "auto", "teacher_weights": "pretrained", "teacher_frozen": False, "teacher_input_size": "auto",
     "teacher_steps": "auto",
-    "kd_weight": 0.7, "kd_temperature": 4.0,
+    "kd_weight": 0.9, "kd_temperature": 4.0,
     "aft_scope": "head", "aft_attack": "pixels", "aft_norm": "auto", "aft_eps": "auto", "aft_attack_steps": "auto",
     "aft_weight": 1.0, "aft_target_mix": 0.5, "aft_target_temperature": 1.0, "aft_steps": "auto", "input_size": 224,
     "sma_start": 100,

@@ -271,7 +271,7 @@ def test_without_weight_a_whole_run_is_erms(runs_folder: Path, algorithm: str) -
 def test_a_whole_run_records_what_auto_became(runs_folder: Path) -> None:
     _, records = run_training(runs_folder, "AFT", aft_attack="features")
     recorded = {name: value for name, value in records[-1]["hparams"].items() if name.startswith("aft_")}
-    assert (recorded["aft_eps"], recorded["aft_norm"], recorded["aft_attack_steps"]) == (0.05, "l2", 0)
+    assert (recorded["aft_eps"], recorded["aft_norm"], recorded["aft_attack_steps"]) == (0.025, "l2", 0)
     assert records[0]["teacher"]["algorithm"] == "ERM"
 
 
