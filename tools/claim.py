@@ -45,7 +45,9 @@ MAIN = {
     "daft_eps0_w8": "DAFT without adversary",
     "daft_w8": "DAFT",
 }
-WIDTHS = (4, 8, 16, 24)
+METHODS = {"erm": "ERM", "kd": "KD", "daft": "DAFT"}
+WIDTHS = (4, 8, 24)
+RADII = {0.0: "daft_eps0_w8", 0.025: "daft_w8"}  # of the adversary, in shares of the features' mean norm
 
 
 class Lot(NamedTuple):
@@ -319,6 +321,34 @@ def pack(runs: Path, archive: Path) -> int:
     return len(files)
 
 
+def describe(study: Study) -> dict[str, Any]:
+    """Return what the page's template takes, beside the functions that show tables."""
+
+    def get_lots(titles: Mapping[str, str]) -> dict[str, Lot]:
+        return {title: study.report[name] for name, title in titles.items()}
+
+    cells = [(width, method) for width in WIDTHS for method in METHODS]
+    gains = [("daft", "kd"), ("kd", "erm"), ("daft", "erm")]
+    family = {
+        f"{METHODS[a]} - {METHODS[b]}, width {width}": study.compare(f"{a}_w{width}", f"{b}_w{width}")
+        for a, b in gains
+        for width in WIDTHS
+    }
+    return {
+        "study": study,
+        "main": MAIN,
+        "widths": WIDTHS,
+        "lots": get_lots,
+        "sizes": {f"{method}_w{width}": f"{METHODS[method]}, width {width}" for width, method in cells},
+        "size_family": family,
+        "slopes": {f"{METHODS[a]} - {METHODS[b]}": study.fit_slope(a, b, WIDTHS) for a, b in gains},
+        "development": {name: name.split("_")[0].upper() for name in study.development},
+        "cpu": study.report["erm_w8"].sweep.runs[0].machine["cpu"],
+        "gain": _show_gain,
+        "p": _show_p,
+    }
+
+
 def write(archive: Path, page: Path, figures: Path) -> None:
     """Write the page and the figures from the records."""
     with tempfile.TemporaryDirectory() as folder:
@@ -330,8 +360,7 @@ def write(archive: Path, page: Path, figures: Path) -> None:
         tools: dict[str, Callable[..., Any]] = {
             name: value for name, value in globals().items() if name.startswith(("show_", "get_"))
         }
-        context = {"study": study, "main": MAIN, "widths": WIDTHS, "gain": _show_gain, "p": _show_p}
-        text = environment.get_template("results.md.j2").render(tools | context)
+        text = environment.get_template("results.md.j2").render(tools | describe(study))
         figures.mkdir(exist_ok=True)
         drawings = {
             "sizes.svg": draw_sizes(study, WIDTHS),
@@ -341,9 +370,6 @@ def write(archive: Path, page: Path, figures: Path) -> None:
     page.write_text(text)
     for name, drawing in drawings.items():
         (figures / name).write_text(drawing)
-
-
-RADII: dict[float, str] = {}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
