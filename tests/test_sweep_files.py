@@ -52,3 +52,26 @@ def test_page_says_how_many_jobs_there_are(study: str, data_dir: Path) -> None:
     numbers = [int(text.replace(",", "")) for text in said.groups()]
     assert numbers == [len(jobs), stages["erm_teacher"], stages["aft_teacher"], stages["student"]]
     assert f"--config sweeps/{study}/sweep.yaml" in page
+
+
+CLAIM = sorted((SWEEPS / "claim").glob("*/*.yaml"))
+
+
+@pytest.mark.parametrize("file", CLAIM, ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_sweeps_of_the_claim_study(file: Path, data_dir: Path) -> None:
+    given = read_config(file, "launch")
+    jobs = make_plan(collect_sweep_args(given | {"data_dir": str(data_dir)}))
+    trials = {job.args.trial_seed for job in jobs}
+    students = [job for job in jobs if job.stage == "student"]
+    n_envs = len({tuple(job.args.test_envs) for job in students})
+    assert len(students) == len(given["algorithms"]) * len(trials) * n_envs
+    assert min(trials) == (100 if file.parent.name == "development" else 0)
+    assert given["output_dir"] == f"runs/claim/{file.parent.name}/{file.stem}"
+    assert given["teachers_dir"] == "runs/claim/teachers"
+
+
+def test_sweeps_of_the_claim_study_differ_in_what_they_compare() -> None:
+    report = [read_config(file, "launch") for file in CLAIM if file.parent.name == "report"]
+    sweeps = [(*given["algorithms"], *given["datasets"], given["hparams"]) for given in report]
+    assert len({*sweeps}) == len(sweeps) > 10
+    assert len({given["precision"] for given in report}) == 1

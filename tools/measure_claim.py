@@ -22,6 +22,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 from daft_domainbed import plugin
 from daft_domainbed.attacks import INPUT_SPECS, run_pgd
+from daft_domainbed.backbones import share_features
 from daft_domainbed.checkpoints import load_checkpoint
 from daft_domainbed.provenance import Request
 from daft_domainbed.splits import build_data
@@ -30,7 +31,7 @@ from tools.claim import MEASURES
 
 RADII = {"robust_small": 1 / 255, "robust_large": 2 / 255}
 PGD_STEPS = 10
-ATTACKED = 128  # images of the held-out domain, the first of its split; attacking all takes hours
+ATTACKED = 64  # images of the held-out domain, the first of its split; attacking all takes hours
 BATCH = 128
 
 
@@ -82,8 +83,15 @@ def measure(model: Any, held_out: tuple[Tensor, Tensor], trained: tuple[Tensor, 
     return values, logits
 
 
-def measure_run(host: plugin.Host, folder: Path, *, is_attacked: bool) -> dict[str, Any]:
-    """Measure a student's chosen checkpoint and its teacher; images of the training domains are of their out-splits."""
+def measure_run(host: plugin.Host, folder: Path, features: Path, *, is_attacked: bool) -> dict[str, Any]:
+    """Measure a student's chosen checkpoint and its teacher, in float32.
+
+    Args:
+        host: Whose parts the run used.
+        folder: The run's; images of the training domains are those of their out-splits.
+        features: The folder of frozen backbones' features.
+        is_attacked: Whether to measure robustness too.
+    """
     first = json.loads((folder / "results.jsonl").read_text().splitlines()[0])
     args, hparams = first["args"], first["hparams"]
     request = Request(
@@ -113,6 +121,7 @@ def measure_run(host: plugin.Host, folder: Path, *, is_attacked: bool) -> dict[s
         path = folder / first["teacher"]["path"] / "model.pkl"
         teacher = build_model(load_checkpoint(path), path, host)
         freeze_all(teacher)
+        share_features(teacher, features, print)
         line["teacher"], beliefs = measure(teacher, held_out, trained, is_attacked=is_attacked)
         agreement = (logits.argmax(dim=1) == beliefs.argmax(dim=1)).float().mean().item()
         line["student"]["agreement"] = agreement
@@ -134,7 +143,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             for results in sorted((args.runs / "report" / sweep).glob("*/results.jsonl")):
                 trial = json.loads(results.read_text().splitlines()[0])["args"]["trial_seed"]
                 if trial < args.trials:
-                    line = measure_run(host, results.parent, is_attacked=trial < args.attacked_trials)
+                    line = measure_run(
+                        host, results.parent, args.runs / "features", is_attacked=trial < args.attacked_trials
+                    )
                     print(json.dumps({"sweep": sweep} | line), file=file, flush=True)
     return 0
 
