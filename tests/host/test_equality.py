@@ -25,7 +25,7 @@ from daft_domainbed.engine import train
 pytestmark = pytest.mark.usefixtures("upstream")  # which takes back what our engine registers
 
 # What a clock says, and what only one of the two loops writes.
-APART = {"step_time", "args", "hparams", "environments", "machine", "seconds", "teacher"}
+APART = {"step_time", "args", "hparams", "environments", "machine", "started", "seconds", "teacher"}
 
 # DomainBed's script with what is ours, and without downloads: both sides start from the same random weights.
 RUNNER = """
@@ -76,6 +76,12 @@ CASES = [
         needs_runner=True,
     ),
     Case("emoji", {"dataset": "EmojiStyles", "test_envs": [3]}, {"backbone": "resnet8_w2"}, needs_runner=True),
+    Case(
+        "sma",
+        {"dataset": "EmojiStyles", "test_envs": [3], "algorithm": "SMA"},
+        {"backbone": "resnet8_w2", "sma_start": 1},
+        needs_runner=True,
+    ),
     # Each "teacher" is the checkpoint of that algorithm's `teachers` below.
     Case(
         "kd",

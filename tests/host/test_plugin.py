@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from daft_domainbed import hparams, plugin
+from daft_domainbed.algorithms import MIXINS
 from daft_domainbed.attacks import INPUT_SPECS
 from daft_domainbed.backbones import ResNet8
 from daft_domainbed.checkpoints import to_plain
 from daft_domainbed.errors import UsageError
 
-OURS = ["AFT", "KD", "DAFT"]
+OURS = [*MIXINS]
 HOSTS = ["embedded", "upstream"]
 
 
@@ -96,7 +97,7 @@ def test_other_algorithms_draw_what_they_drew(bare: plugin.Host) -> None:
 
 
 def test_our_algorithms_are_the_hosts(host: plugin.Host) -> None:
-    assert host.algorithms.ALGORITHMS[-3:] == OURS
+    assert host.algorithms.ALGORITHMS[-len(OURS) :] == OURS
     for name in OURS:
         algorithm = host.algorithms.get_algorithm_class(name)
         assert algorithm is plugin.get_algorithm_class(host, name)

@@ -63,7 +63,7 @@ def test_what_cannot_be_saved_is_named_at_the_start(tiny: Any) -> None:
     assert log.read_text() == ""
 
 
-@pytest.mark.parametrize("algorithm", ["KD", "AFT", "DAFT"])
+@pytest.mark.parametrize("algorithm", ["KD", "AFT", "DAFT", "SMA"])
 def test_nothing_of_ours_is_left_unsaved(tiny: Any, monkeypatch: pytest.MonkeyPatch, algorithm: str) -> None:
     captured = []
     capture = resume.capture
