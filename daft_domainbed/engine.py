@@ -138,11 +138,18 @@ class _Run:
         if teacher := self._get_teacher():
             self.precision.prepare(teacher.model, dataset.input_shape)
         if args.feature_cache:
-            for model in [self.algorithm, *([teacher.model] if teacher else [])]:
-                share_features(model, Path(args.feature_cache), self.log.warn)
+            self._share_features(Path(args.feature_cache))
         self._start(saved)
         self._loop()
         self._finish()
+
+    def _share_features(self, folder: Path) -> None:
+        """Keep on disk what backbones encode that no training changed: of others every run has its own."""
+        teacher = self._get_teacher()
+        models = [(self.algorithm, self.hparams), *([(teacher.model, teacher.hparams)] if teacher else [])]
+        for model, wanted in models:
+            if wanted.get("backbone_frozen") or wanted.get("teacher_frozen"):
+                share_features(model, folder, self.log.warn)
 
     def _say_which_teacher(self) -> None:
         """Name the teacher that a file or folder gave, and the hyperparameters that would have made another one."""

@@ -80,9 +80,9 @@ def encode_in_chunks(images: Tensor, rows: Sequence[int], encode: Callable[[Tens
 
 
 def name_precision(images: Tensor) -> bytes:
-    """Return the arithmetic that images would be encoded in now; features of another one are others."""
-    kind = images.device.type
-    return str((images.dtype, torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind))).encode()
+    """Return shape and arithmetic that images would be encoded in now; features of others are others."""
+    precision = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")
+    return str((tuple(images.shape[1:]), images.dtype, precision)).encode()
 
 
 def digest(rows: Tensor, precision: bytes) -> list[bytes]:

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
+import sys
+import time
 from collections.abc import Callable
-from hashlib import sha256
+from hashlib import blake2b, sha256
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from daft_domainbed import __version__
 from daft_domainbed.checkpoints import hash_state
-from daft_domainbed.feature_memory import digest, encode_in_chunks, name_precision
+from daft_domainbed.feature_memory import FeatureMemory, digest, encode_in_chunks, name_precision
 
 _WAIT = 60.0  # seconds for another job to end its write
+_FREE = 2**31  # bytes of the disk that are left to others
 
 
 class FeatureStore:
     """Features by image, in one database a backbone, which any number of jobs read and write.
 
-    A view that is one of few, such as a shift by whole pixels, soon comes from here alone. A store that cannot be used
-    any more (a full disk, a damaged file) is reported once, and everything is encoded as without it.
+    A view that is one of few, such as a shift by whole pixels, soon comes from here alone. What cannot be used (a
+    locked file, a damaged one) is reported once, and the run goes on with a memory of its own. A row that is damaged
+    is encoded again, and no row is added while less than 2 GiB of the disk are free.
 
     Args:
         file: Of the database; made where it is missing.
@@ -30,64 +36,86 @@ class FeatureStore:
 
     def __init__(self, file: Path, warn: Callable[[str], None]) -> None:
         self.file, self.warn = file, warn
+        self._memory = FeatureMemory()
         self._database: sqlite3.Connection | None = None
-        self._try(self._open)
+        try:
+            self._database = _open(file)
+        except (sqlite3.Error, OSError) as error:
+            self._give_up(error)
 
     def recall(self, images: Tensor, encode: Callable[[Tensor], Tensor]) -> Tensor:
         """Return features, [B, D], of images, [B, ...], encoding only those that the store does not have.
+
+        On an accelerator encoding is quicker than looking up, so everything is encoded.
 
         Args:
             images: Compared bit for bit, and with the precision that is active.
             encode: Maps images to features, sample by sample independently (a network in evaluation mode).
         """
-        keys = digest(images.detach().contiguous().flatten(1).cpu(), name_precision(images))
-        found = self._try(lambda: self._read(keys)) or {}
-        new = list({key: i for i, key in enumerate(keys) if key not in found}.values())
-        encoded = encode_in_chunks(images, new, encode)
-        if encoded:
-            self._try(lambda: self._write({keys[i]: row for i, row in encoded.items()}))
-        rows = found | {keys[i]: row.to(images.device) for i, row in encoded.items()}
-        return torch.stack([rows[key].to(images.device) for key in keys])
-
-    def _try(self, action: Callable[[], dict[bytes, Tensor] | None]) -> dict[bytes, Tensor] | None:
-        if self._database is None and action != self._open:
-            return None
+        if self._database is None or images.device.type != "cpu":
+            return self._memory.recall(images, encode)
+        keys = digest(images.detach().contiguous().flatten(1), name_precision(images))
         try:
-            return action()
+            found = _read(self._database, keys)
+            new = list({key: i for i, key in enumerate(keys) if key not in found}.values())
+            encoded = {keys[i]: row for i, row in encode_in_chunks(images, new, encode).items()}
+            if encoded and shutil.disk_usage(self.file.parent).free > _FREE:
+                _write(self._database, encoded)
         except (sqlite3.Error, OSError) as error:
-            self.warn(f"--feature_cache: {self.file} is not used ({error}): delete it, or choose another folder")
-            self._database = None
-            return None
+            self._give_up(error)
+            return self._memory.recall(images, encode)
+        return torch.stack([(found | encoded)[key] for key in keys])
 
-    def _open(self) -> None:
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        self._database = sqlite3.connect(self.file, timeout=_WAIT, isolation_level=None)
-        # What a power cut loses is encoded again, so that no job ever waits for the disk.
-        self._database.execute("PRAGMA synchronous = OFF")
-        self._database.execute("CREATE TABLE IF NOT EXISTS features (image BLOB PRIMARY KEY, dtype, row BLOB)")
+    def _give_up(self, error: Exception) -> None:
+        self._database = None
+        self.warn(f"--feature_cache: {self.file} is not used by this run ({error}): choose another folder")
 
-    def _read(self, keys: list[bytes]) -> dict[bytes, Tensor]:
-        assert self._database is not None
-        found = {}
-        for key in dict.fromkeys(keys):
-            row = self._database.execute("SELECT dtype, row FROM features WHERE image = ?", (key,)).fetchone()
-            if row is not None:
-                numbers = torch.from_numpy(np.frombuffer(row[1], dtype=np.uint8).copy())
-                found[key] = numbers.view(getattr(torch, row[0]))
-        return found
 
-    def _write(self, rows: dict[bytes, Tensor]) -> None:
-        assert self._database is not None
-        content = [
-            (key, str(row.dtype).removeprefix("torch."), row.contiguous().view(torch.uint8).numpy().tobytes())
-            for key, row in rows.items()
-        ]
-        self._database.execute("BEGIN IMMEDIATE")
-        self._database.executemany("INSERT OR IGNORE INTO features VALUES (?, ?, ?)", content)
-        self._database.execute("COMMIT")
+def _open(file: Path) -> sqlite3.Connection:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    database = sqlite3.connect(file, timeout=_WAIT, isolation_level=None)
+    end = time.monotonic() + _WAIT
+    while True:  # this statement alone does not wait for others by itself
+        try:
+            # With a log written ahead nobody waits for the disk, and a power cut loses the latest rows at most.
+            database.execute("PRAGMA journal_mode = WAL")
+            break
+        except sqlite3.OperationalError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.01)
+    database.execute("PRAGMA synchronous = NORMAL")
+    database.execute("CREATE TABLE IF NOT EXISTS features (image BLOB PRIMARY KEY, dtype TEXT, row BLOB, sum BLOB)")
+    return database
+
+
+def _read(database: sqlite3.Connection, keys: list[bytes]) -> dict[bytes, Tensor]:
+    found = {}
+    for key in dict.fromkeys(keys):
+        entry = database.execute("SELECT dtype, row, sum FROM features WHERE image = ?", (key,)).fetchone()
+        if entry is not None and _sum(*entry[:2]) == entry[2]:
+            numbers = torch.from_numpy(np.frombuffer(entry[1], dtype=np.uint8).copy())
+            found[key] = numbers.view(getattr(torch, entry[0]))
+    return found
+
+
+def _write(database: sqlite3.Connection, rows: dict[bytes, Tensor]) -> None:
+    entries = []
+    for key, row in rows.items():
+        dtype, content = str(row.dtype).removeprefix("torch."), row.contiguous().view(torch.uint8).numpy().tobytes()
+        entries.append((key, dtype, content, _sum(dtype, content)))
+    database.execute("BEGIN IMMEDIATE")
+    database.executemany("INSERT OR REPLACE INTO features VALUES (?, ?, ?, ?)", entries)
+    database.execute("COMMIT")
+
+
+def _sum(dtype: object, row: object) -> bytes:
+    return blake2b(f"{dtype} ".encode() + (row if isinstance(row, bytes) else b""), digest_size=8).digest()
 
 
 def name_backbone(module: nn.Module) -> str:
-    """Return a name for what a frozen backbone computes: of its layers, its weights and what decides on a rounding."""
-    parts = [str(module), hash_state(module.state_dict()), torch.__version__, torch.backends.cpu.get_cpu_capability()]
-    return sha256("\n".join([*parts, str(torch.get_num_threads())]).encode()).hexdigest()[:16]
+    """Return a name for what a frozen backbone computes: of layers, weights and all that decides on a rounding."""
+    libraries = [f"{name} {sys.modules[name].__version__}" for name in ("timm", "torchvision") if name in sys.modules]
+    versions = [__version__, torch.__version__, *libraries, torch.backends.cpu.get_cpu_capability()]
+    parts = [str(module), hash_state(module.state_dict()), *versions, str(torch.get_num_threads())]
+    return sha256("\n".join(parts).encode()).hexdigest()[:16]

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,10 +31,12 @@ def keep_freed_memory() -> None:
         library.mallopt(mmap_threshold, 2**30)
 
 
+@cache
 def find_commit(file: Path) -> str | None:
     """Return the commit that a file belongs to, "+" after it where the working tree differs; None if there is none.
 
-    A file that git does not know, such as one installed into an environment inside someone's repository, has none.
+    It is asked once: what runs is the code as it was imported, whatever is committed meanwhile. A file that git does
+    not know, such as one installed into an environment inside someone's repository, has none.
     """
 
     def ask(*command: str) -> str:

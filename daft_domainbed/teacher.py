@@ -306,6 +306,10 @@ def _check_kind(algorithm: str, content: Mapping[str, Any], path: Path) -> None:
             f"{path} is a checkpoint of {kind}, and {algorithm}'s teacher is an adversarially fine-tuned one: make it "
             f"with 'daft-domainbed train --algorithm AFT', or distil this one with --algorithm KD"
         )
+    if algorithm == "AFT" and kind == "SMA":
+        raise UsageError(
+            f"{path} is a checkpoint of SMA, whose head belongs to an average of networks: fine-tune an ERM checkpoint"
+        )
     if not wants_aft and kind == "AFT":
         hint = "distil it with --algorithm DAFT" if algorithm == "KD" else "fine-tune an ERM checkpoint"
         raise UsageError(

@@ -133,7 +133,7 @@ def test_only_what_is_frozen_and_remembers_is_shared(tmp_path: Path) -> None:
     x = torch.rand(4, 3)
     answer = frozen(x)
     assert torch.equal(frozen(x), answer)
-    assert len([*(tmp_path / "new").iterdir()]) == 1
+    assert len([*(tmp_path / "new").glob("*.sqlite")]) == 1
 
 
 def test_runs_with_a_store_are_those_without(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,10 +23,11 @@ from typing import Any, NamedTuple
 import jinja2
 import numpy as np
 
+from daft_domainbed.errors import RunError
 from daft_domainbed.results.comparison import Comparison, collect_trials, compare_trials, correct_family
-from daft_domainbed.results.records import Run, Sweep, read_sweep
+from daft_domainbed.results.records import Sweep, read_sweep
 from daft_domainbed.results.selection import choose
-from daft_domainbed.results.statistics import bootstrap_mean, flip_signs, mean, standard_error
+from daft_domainbed.results.statistics import adjust_holm, bootstrap_mean, flip_signs, mean, standard_error
 from daft_domainbed.results.tables import Table, build_results
 from tools.charts import Axis, Point, Series, draw_chart, make_axis
 
@@ -83,14 +84,26 @@ class Study:
         self.measures: list[dict[str, Any]] = [json.loads(line) for line in lines]
 
     @cached_property
-    def teachers(self) -> list[Run]:
-        """The runs of all teachers."""
-        return list(read_sweep(self.root / "teachers").runs)
+    def teachers(self) -> list[dict[str, Any]]:
+        """The last records of all teachers, which may differ in nothing but a hyperparameter."""
+        files = sorted((self.root / "teachers").glob("*/results.jsonl"))
+        return [json.loads(file.read_text().splitlines()[-1]) for file in files]
 
     def compare(self, first: str, second: str) -> Comparison:
         """Compare two sweeps by the trials that both have."""
         ours, theirs = self.report[first], self.report[second]
         return compare_trials(ours.table, first, second, ours.get_trials(), theirs.get_trials())
+
+    def compare_all(self, pairs: Mapping[str, tuple[str, str]]) -> dict[str, Comparison]:
+        """Compare pairs of sweeps by the trials that all of them have, so that rows differ in nothing else."""
+        lots = {name: self.report[name] for pair in pairs.values() for name in pair}
+        accuracies = {name: lot.get_trials() for name, lot in lots.items()}
+        shared = set.intersection(*(set(trials) for trials in accuracies.values()))
+        kept = {name: {t: trials[t] for t in shared} for name, trials in accuracies.items()}
+        return {
+            title: compare_trials(lots[first].table, first, second, kept[first], kept[second])
+            for title, (first, second) in pairs.items()
+        }
 
     def fit_slope(self, first: str, second: str, widths: Sequence[int]) -> Slope:
         """Fit each trial's gain of one method over another as a line in log2 of the student's width.
@@ -122,6 +135,9 @@ class Slope(NamedTuple):
 def read_lot(path: Path) -> Lot:
     """Read a sweep's records."""
     sweep = read_sweep(path)
+    n_files = len([*path.glob("*/results.jsonl")])
+    if n_files != len(sweep.runs):
+        raise RunError(f"{path.name}: {n_files} runs, of which {len(sweep.runs)} are sound and unlike each other")
     table = next(table for table in build_results(sweep).tables if table.selection == SELECTION)
     return Lot(path.name, sweep, table)
 
@@ -217,12 +233,12 @@ _MEASURED = {
 def show_costs(study: Study) -> str:
     """Return core hours by stage, and seconds a run."""
     stages: dict[str, list[float]] = {}
-    for run in study.teachers:
-        stages.setdefault(f"{run.key.algorithm} teachers", []).append(run.seconds or 0.0)
+    for record in study.teachers:
+        stages.setdefault(f"{record['args']['algorithm']} teachers", []).append(record["seconds"])
     for part, lots in (("development", study.development), ("report", study.report)):
         for lot in lots.values():
             backbone = str(lot.sweep.runs[0].hparams["backbone"]).removeprefix("resnet8_")
-            stages.setdefault(f"students {backbone}, {part}", []).extend(run.seconds or 0.0 for run in lot.sweep.runs)
+            stages.setdefault(f"students {backbone}, {part}", []).extend(run.last["seconds"] for run in lot.sweep.runs)
     rows = [
         [name, str(len(seconds)), f"{np.median(seconds):.1f}", f"{sum(seconds) / 3600:.2f}"]
         for name, seconds in sorted(stages.items())
@@ -238,11 +254,9 @@ def show_proof(study: Study) -> str:
     for name, lot in study.report.items():
         starts = sorted(str(run.first.get("started")) for run in lot.sweep.runs)
         commits = Counter(str(run.machine.get("commit")) for run in lot.sweep.runs)
-        keys = Counter(run.key for run in lot.sweep.runs)
-        twice = sum(count - 1 for count in keys.values())
         shown = ", ".join(f"{commit} ({count})" for commit, count in sorted(commits.items()))
-        rows.append([f"`{name}`", str(len(starts)), str(twice), starts[0][:16], starts[-1][:16], shown])
-    return make_table(["sweep", "runs", "run twice", "first began", "last began", "commits (runs)"], rows)
+        rows.append([f"`{name}`", str(len(starts)), starts[0][:16], starts[-1][:16], shown])
+    return make_table(["sweep", "runs", "first began", "last began", "commits (runs)"], rows)
 
 
 # --- figures ------------------------------------------------------------------------------------------------------
@@ -310,6 +324,12 @@ def _list(row: Any) -> list[Any]:
 
 def pack(runs: Path, archive: Path) -> int:
     """Pack records, and what was measured, into an archive whose bytes depend on nothing else; return how many."""
+    folders = [file.parent for file in runs.glob("*/**/results.jsonl")]
+    unfinished = [folder for folder in folders if not (folder / "done").is_file()]
+    if unfinished:
+        raise RunError(
+            f"{unfinished[0]} is not done, and {len(unfinished) - 1} more are not: go on with its sweep first"
+        )
     files = sorted([*runs.glob("*/*/results.jsonl"), *runs.glob("*/*/*/results.jsonl"), *runs.glob(MEASURES)])
     content = io.BytesIO()
     with tarfile.open(fileobj=content, mode="w", format=tarfile.USTAR_FORMAT) as tar:
@@ -329,19 +349,23 @@ def describe(study: Study) -> dict[str, Any]:
 
     cells = [(width, method) for width in WIDTHS for method in METHODS]
     gains = [("daft", "kd"), ("kd", "erm"), ("daft", "erm")]
-    family = {
-        f"{METHODS[a]} - {METHODS[b]}, width {width}": study.compare(f"{a}_w{width}", f"{b}_w{width}")
+    pairs = {
+        f"{METHODS[a]} - {METHODS[b]}, width {width}": (f"{a}_w{width}", f"{b}_w{width}")
         for a, b in gains
         for width in WIDTHS
     }
+    slopes = {f"{METHODS[a]} - {METHODS[b]}": study.fit_slope(a, b, WIDTHS) for a, b in gains}
+    planned = {path.stem for path in (STUDY / "report").glob("*.yaml")}
     return {
         "study": study,
         "main": MAIN,
         "widths": WIDTHS,
         "lots": get_lots,
         "sizes": {f"{method}_w{width}": f"{METHODS[method]}, width {width}" for width, method in cells},
-        "size_family": family,
-        "slopes": {f"{METHODS[a]} - {METHODS[b]}": study.fit_slope(a, b, WIDTHS) for a, b in gains},
+        "size_pairs": pairs,
+        "slopes": slopes,
+        "slope_ps": adjust_holm([slope.p for slope in slopes.values()]),
+        "unrun": sorted(planned - study.report.keys()),
         "development": {name: name.split("_")[0].upper() for name in study.development},
         "cpu": study.report["erm_w8"].sweep.runs[0].machine["cpu"],
         "gain": _show_gain,
@@ -380,7 +404,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser("pack").add_argument("runs", type=Path)
     args = parser.parse_args(argv)
     if args.command == "pack":
-        print(f"{RECORDS}: {pack(args.runs, RECORDS)} runs")
+        print(f"{RECORDS}: {pack(args.runs, RECORDS)} files")
     else:
         write(RECORDS, PAGE, FIGURES)
     return 0

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_swa_avg_fn
 
 if TYPE_CHECKING:
     from daft_domainbed.algorithms.host import ERM
@@ -25,7 +25,9 @@ class SMA(ERM):
 
     def __init__(self, input_shape: Sequence[int], num_classes: int, num_domains: int, hparams: dict[str, Any]) -> None:
         super().__init__(input_shape, num_classes, num_domains, hparams)
-        self.averaged = AveragedModel(self.network, use_buffers=True).requires_grad_(False)
+        # Without a function torch averages all tensors at once, which fails on a GPU for batch norm's counters.
+        averaged = AveragedModel(self.network, avg_fn=get_swa_avg_fn(), use_buffers=True)
+        self.averaged = averaged.requires_grad_(False)
         self.n_steps: Tensor
         self.register_buffer("n_steps", torch.zeros((), dtype=torch.long))
 

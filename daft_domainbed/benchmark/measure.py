@@ -24,7 +24,6 @@ from pathlib import Path
 from subprocess import DEVNULL, Popen
 from typing import IO, Any, Literal
 
-import daft_domainbed
 from daft_domainbed.benchmark.sizes import Size
 from daft_domainbed.errors import RunError, UsageError
 from daft_domainbed.machine import count_cores, find_commit
@@ -351,10 +350,9 @@ def copy_clone(scratch: Path) -> Path | None:
 
 
 def describe_place() -> dict[str, Any]:
-    """Return commit, memory and load, beside which `machine.describe_machine` has versions and hardware."""
+    """Return the clone's commit, memory and load, beside which `machine.describe_machine` has versions and hardware."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return {
-        "commit": find_commit(Path(daft_domainbed.__file__)),
         "host_commit": find_commit(Path(root, "README.md")) if (root := os.environ.get("DOMAINBED_ROOT")) else None,
         "node": platform.node(),
         "cores_usable": count_cores(),

@@ -16,9 +16,10 @@ from collections.abc import Mapping
 from contextlib import suppress
 from importlib import import_module
 from multiprocessing.connection import Connection
+from pathlib import Path
 from subprocess import Popen
 
-from daft_domainbed import stopping
+from daft_domainbed import machine, stopping
 
 _PRELOADED = ("daft_domainbed.launch.work", "daft_domainbed.algorithms", "daft_domainbed.embedded.datasets")
 _SECONDS_BETWEEN_REPORTS = 0.25
@@ -52,6 +53,7 @@ class ForkServer:
 
 
 def _serve(requests: socket.socket) -> None:
+    machine.find_commit(Path(machine.__file__))  # while what is imported below is what is committed
     # A terminal or a scheduler sends these to everybody; the launcher says what they mean.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

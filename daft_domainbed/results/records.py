@@ -551,5 +551,5 @@ def cut_sweep_path(text: str, root: Path, of: Job | Run) -> str:
 
 def order_algorithms(plan: Plan | None, algorithms: Iterable[str]) -> list[str]:
     """Order algorithms as the sweep was asked for them; without a plan, ours first, then by alphabet."""
-    asked = as_list(plan.args.get("algorithms")) if plan else ["ERM", "AFT", "KD", "DAFT"]
+    asked = as_list(plan.args.get("algorithms")) if plan else ["ERM", "SMA", "AFT", "KD", "DAFT"]
     return sorted(set(algorithms), key=lambda name: (asked.index(name) if name in asked else len(asked), name))

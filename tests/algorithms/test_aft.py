@@ -263,7 +263,7 @@ def test_a_linear_probe_can_be_fine_tuned(bench: Any, scope: str) -> None:
         ({}, ("linf", 4 / 255, 3)),
         ({"aft_norm": "l2"}, ("l2", 0.5, 3)),
         ({"aft_attack": "features"}, ("l2", 0.025, 0)),
-        ({"aft_attack": "features", "aft_eps": "auto*2", "aft_attack_steps": 7}, ("l2", 0.1, 7)),
+        ({"aft_attack": "features", "aft_eps": "auto*2", "aft_attack_steps": 7}, ("l2", 0.05, 7)),
         ({"aft_eps": "8/255", "aft_attack_steps": 1}, ("linf", 8 / 255, 1)),
         ({"aft_norm": "l2", "aft_eps": "auto*1/4"}, ("l2", 0.125, 3)),
     ],

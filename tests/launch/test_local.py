@@ -21,7 +21,7 @@ from daft_domainbed.launch.options import Options
 from daft_domainbed.launch.plan import Job, SweepArgs, make_plan
 
 TINY = {"batch_size": 8, "backbone": "resnet8_w2", "teacher_backbone": "resnet8_w4"}
-CLOCKS = {"step_time", "seconds"}
+CLOCKS = {"step_time", "seconds", "started"}
 
 
 class Diary:
