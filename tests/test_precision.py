@@ -101,7 +101,7 @@ def test_bf16_computes_in_bf16_and_keeps_its_weights_in_full() -> None:
 def test_bf16_trains_every_stage_on_a_cpu(algorithm: str, attack: str | None, tmp_path: Path) -> None:
     hparams = {"batch_size": 8, "backbone": "resnet8_w2"}
     if algorithm != "ERM":
-        hparams |= {"teacher_backbone": "resnet8_w3"}
+        hparams |= {"teacher_backbone": "resnet8_w3", "kd_weight": 0.5}
     if algorithm == "DAFT":
         hparams |= {"aft_attack": attack, "aft_weight": 0.5, "aft_steps": 2}
     losses, states = {}, {}

@@ -72,6 +72,8 @@ def test_sweeps_of_the_claim_study(file: Path, data_dir: Path) -> None:
 
 def test_sweeps_of_the_claim_study_differ_in_what_they_compare() -> None:
     report = [read_config(file, "launch") for file in CLAIM if file.parent.name == "report"]
-    sweeps = [(*given["algorithms"], *given["datasets"], given["hparams"]) for given in report]
+    sweeps = [(*given["algorithms"], *given["datasets"], given["hparams"], given["precision"]) for given in report]
     assert len({*sweeps}) == len(sweeps) > 10
-    assert len({given["precision"] for given in report}) == 1
+    assert {given["precision"] for given in report} == {"bf16", "fp32"}
+    shift = {given["precision"] for given in report if "lite0" in given["hparams"]}
+    assert len(shift) == 1
