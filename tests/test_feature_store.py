@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sqlite3
+from contextlib import closing
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -87,6 +89,64 @@ def test_many_jobs_at_a_time(tmp_path: Path) -> None:
     assert encoder.seen == []
 
 
+def start_at_once(folder: Path, barrier: Any, n_files: int) -> None:
+    for i in range(n_files):
+        barrier.wait(timeout=60)
+        store = FeatureStore(folder / f"{i}.sqlite", refuse)
+        assert store.recall(make_images([i]), Encoder()).tolist() == [[4.0 * i] * 3]
+
+
+def test_many_jobs_make_a_file_at_a_time(tmp_path: Path) -> None:
+    context = get_context("fork")
+    n_jobs, n_files = 4, 25
+    barrier = context.Barrier(n_jobs)
+    jobs = [context.Process(target=start_at_once, args=(tmp_path, barrier, n_files)) for _ in range(n_jobs)]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join()
+    assert [job.exitcode for job in jobs] == [0] * n_jobs
+    encoder = Encoder()
+    for i in range(n_files):
+        FeatureStore(tmp_path / f"{i}.sqlite", refuse).recall(make_images([i]), encoder)
+    assert encoder.seen == []
+
+
+def test_a_damaged_row_is_encoded_again(tmp_path: Path) -> None:
+    file, encoder = tmp_path / "a.sqlite", Encoder()
+    FeatureStore(file, refuse).recall(make_images([1, 2]), encoder)
+    with closing(sqlite3.connect(file)) as database, database:
+        database.execute("UPDATE features SET row = zeroblob(12) WHERE rowid = 1")
+    encoder.seen.clear()
+    for _ in range(2):
+        features = FeatureStore(file, refuse).recall(make_images([1, 2]), encoder)
+        assert features.tolist() == [[4.0] * 3, [8.0] * 3]
+    assert len(encoder.seen) == 1  # and the sound row takes the damaged one's place
+
+
+def test_no_row_is_added_to_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("daft_domainbed.feature_store._FREE", 2**80)
+    encoder = Encoder()
+    for _ in range(2):
+        store = FeatureStore(tmp_path / "a.sqlite", refuse)
+        assert store.recall(make_images([1]), encoder).tolist() == [[4.0] * 3]
+    assert len(encoder.seen) == 2
+
+
+def test_accelerators_encode_rather_than_look_up(tmp_path: Path) -> None:
+    store = FeatureStore(tmp_path / "a.sqlite", refuse)
+    asked = []
+
+    def encode(images: Tensor) -> Tensor:
+        asked.append(len(images))
+        return torch.empty(len(images), 3, device=images.device)
+
+    for _ in range(2):
+        features = store.recall(torch.empty(2, 1, 2, 2, device="meta"), encode)
+        assert (features.shape, features.device.type) == ((2, 3), "meta")
+    assert len(asked) == 2
+
+
 @pytest.mark.parametrize("damage", ["garbage", "folder"])
 def test_what_cannot_be_used_is_said_once_and_done_without(tmp_path: Path, damage: str) -> None:
     file, said, encoder = tmp_path / "a.sqlite", [], Encoder()
@@ -97,9 +157,10 @@ def test_what_cannot_be_used_is_said_once_and_done_without(tmp_path: Path, damag
     store = FeatureStore(file, said.append)
     for _ in range(2):
         assert store.recall(make_images([1, 2]), encoder).tolist() == [[4.0] * 3, [8.0] * 3]
-    assert len(encoder.seen) == 4
+    assert len(encoder.seen) == 2  # the run's own memory has them
     assert len(said) == 1
-    assert said[0].startswith(f"--feature_cache: {file} is not used (")
+    assert said[0].startswith(f"--feature_cache: {file} is not used by this run (")
+    assert said[0].endswith("): choose another folder")
 
 
 def test_damage_that_appears_later_is_survived(tmp_path: Path) -> None:
@@ -145,8 +206,14 @@ def test_runs_with_a_store_are_those_without(tiny: Any, tmp_path: Path, monkeypa
     store = str(tmp_path / "features")
     without = train("without")
     assert train("first", feature_cache=store) == without
+    assert [*Path(store).glob("*.sqlite")]
     monkeypatch.setattr("daft_domainbed.feature_store.encode_in_chunks", refuse_new)
     assert train("second", feature_cache=store) == without
+
+
+def test_what_a_run_trains_is_not_stored(tiny: Any, tmp_path: Path) -> None:
+    tiny.train("run", algorithm="DAFT", teachers_dir=str(tmp_path / "teachers"), feature_cache=str(tmp_path / "store"))
+    assert not (tmp_path / "store").exists()
 
 
 def refuse_new(images: Tensor, rows: list[int], encode: Any) -> dict[int, Tensor]:

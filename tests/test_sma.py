@@ -41,7 +41,9 @@ def test_averages_every_step_from_its_start_on(make_sma: Any) -> None:
     averaged = algorithm.averaged.module.state_dict()
     assert any("running_var" in name for name in averaged)
     for name, tensor in averaged.items():
-        if tensor.is_floating_point():
+        if name.endswith("num_batches_tracked"):  # a counter's average is cut to a whole number at every step
+            assert 1 <= tensor <= 5
+        else:
             mean = torch.stack([state[name].double() for state in states[1:]]).mean(dim=0)
             torch.testing.assert_close(tensor.double(), mean, rtol=1e-5, atol=1e-6)
     assert not any(parameter.requires_grad for parameter in algorithm.averaged.parameters())

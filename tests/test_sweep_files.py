@@ -75,5 +75,5 @@ def test_sweeps_of_the_claim_study_differ_in_what_they_compare() -> None:
     sweeps = [(*given["algorithms"], *given["datasets"], given["hparams"], given["precision"]) for given in report]
     assert len({*sweeps}) == len(sweeps) > 10
     assert {given["precision"] for given in report} == {"bf16", "fp32"}
-    shift = {given["precision"] for given in report if "lite0" in given["hparams"]}
-    assert len(shift) == 1
+    pretrained = {given["precision"] for given in report if "lite0" in given["hparams"]}
+    assert len(pretrained) == 1

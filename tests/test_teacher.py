@@ -74,6 +74,10 @@ class TestWrongTeacher:
         path = tiny.make_teacher("ERM", steps=1, **flags)
         assert phrase in refuse(path)
 
+    def test_aft_takes_no_average_of_networks(self, tiny: Any, refuse: Refuse) -> None:
+        path = tiny.train("sma", algorithm="SMA") / "model.pkl"
+        assert "is a checkpoint of SMA, whose head belongs to an average" in refuse(path, algorithm="AFT")
+
     def test_a_field_is_named_before_what_follows_from_it(self, tiny: Any, refuse: Refuse) -> None:
         line = refuse(tiny.make_teacher("ERM", steps=1, trial_seed=1, holdout_fraction=0.3))
         phrases = ["trial_seed is 1", "holdout_fraction is 0.3", "the data of env0_in", "the data of env2_out"]

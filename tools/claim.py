@@ -15,8 +15,7 @@ import sys
 import tarfile
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,9 +45,26 @@ MAIN = {
     "daft_eps0_w8": "DAFT without adversary",
     "daft_w8": "DAFT",
 }
+SCRATCH = {
+    "erm_scratch": "ERM",
+    "kd_scratch": "KD",
+    "daft_pixels_eps0_scratch": "DAFT without adversary",
+    "daft_pixels_scratch": "DAFT, pixels",
+    "daft_all_scratch": "DAFT, whole network, pixels",
+}
+DIGITS = {
+    "erm_digits": "ERM",
+    "kd_digits": "KD",
+    "daft_eps0_digits": "DAFT without adversary",
+    "daft_digits": "DAFT, pixels",
+}
 METHODS = {"erm": "ERM", "kd": "KD", "daft": "DAFT"}
+GAINS = (("daft", "kd"), ("kd", "erm"), ("daft", "erm"))
 WIDTHS = (4, 8, 24)
-RADII = {0.0: "daft_eps0_w8", 0.025: "daft_w8"}  # of the adversary, in shares of the features' mean norm
+# Radius of the adversary, in shares of the features' mean norm, by development sweep that is alike but for it.
+RADII = {0.025: "daft_eps0.025_mix0.5", 0.05: "daft_eps0.05_mix0.5", 0.1: "daft_eps0.1_mix0.5"}
+NO_RADIUS = "kd_t4_w0.7"  # distils the teacher that these fine-tune, with the same settings
+FEWEST_TRIALS = 6  # for an interval
 
 
 class Lot(NamedTuple):
@@ -76,18 +92,14 @@ class Study:
     """
 
     def __init__(self, root: Path) -> None:
-        self.root = root
         self.development = {path.name: read_lot(path) for path in sorted((root / "development").iterdir())}
         self.report = {path.name: read_lot(path) for path in sorted((root / "report").iterdir())}
         measures = root / MEASURES
         lines = measures.read_text().splitlines() if measures.is_file() else []
         self.measures: list[dict[str, Any]] = [json.loads(line) for line in lines]
-
-    @cached_property
-    def teachers(self) -> list[dict[str, Any]]:
-        """The last records of all teachers, which may differ in nothing but a hyperparameter."""
-        files = sorted((self.root / "teachers").glob("*/results.jsonl"))
-        return [json.loads(file.read_text().splitlines()[-1]) for file in files]
+        # The last records of all teachers, which may differ in nothing but a hyperparameter.
+        files = sorted((root / "teachers").glob("*/results.jsonl"))
+        self.teachers: list[dict[str, Any]] = [json.loads(file.read_text().splitlines()[-1]) for file in files]
 
     def compare(self, first: str, second: str) -> Comparison:
         """Compare two sweeps by the trials that both have."""
@@ -120,7 +132,8 @@ class Study:
         trials = sorted(set.intersection(*(set(gains) for gains in by_width)))
         x = np.log2(widths) - np.log2(widths).mean()
         slopes = [float(x @ [gains[trial] for gains in by_width] / (x @ x)) for trial in trials]
-        return Slope(len(slopes), float(np.mean(slopes)), bootstrap_mean(slopes), flip_signs(slopes))
+        interval = bootstrap_mean(slopes) if len(slopes) >= FEWEST_TRIALS else None
+        return Slope(len(slopes), float(np.mean(slopes)), interval, flip_signs(slopes))
 
 
 class Slope(NamedTuple):
@@ -128,7 +141,7 @@ class Slope(NamedTuple):
 
     n: int
     value: float
-    interval: tuple[float, float]
+    interval: tuple[float, float] | None
     p: float
 
 
@@ -147,6 +160,16 @@ def get_validation(lot: Lot) -> float:
     runs = [run for run in lot.sweep.runs if len(run.key.test_envs) == 1]
     choices = [choose(SELECTION, [run], run.key.test_envs[0]) for run in runs]
     return 100 * float(np.mean([choice.val_acc for choice in choices if choice]))
+
+
+def get_teachers(lot: Lot) -> dict[int, list[float]]:
+    """Return the accuracies, in percent, of a lot's teachers on each held-out domain, by trial."""
+    accuracies: dict[int, dict[int, float]] = {}
+    for run in lot.sweep.runs:
+        (env,) = run.key.test_envs
+        recorded = run.first["teacher"]["accuracies"][f"env{env}_in_acc"]
+        accuracies.setdefault(run.key.trial_seed, {})[env] = 100 * recorded
+    return {trial: [by_env[env] for env in sorted(by_env)] for trial, by_env in sorted(accuracies.items())}
 
 
 # --- tables -------------------------------------------------------------------------------------------------------
@@ -234,11 +257,15 @@ def show_costs(study: Study) -> str:
     """Return core hours by stage, and seconds a run."""
     stages: dict[str, list[float]] = {}
     for record in study.teachers:
-        stages.setdefault(f"{record['args']['algorithm']} teachers", []).append(record["seconds"])
+        hparams = record["hparams"]
+        name = hparams["backbone"].removeprefix("timm/tf_")
+        stages.setdefault(f"{record['args']['algorithm']} teachers, {name}", []).append(record["seconds"])
     for part, lots in (("development", study.development), ("report", study.report)):
         for lot in lots.values():
-            backbone = str(lot.sweep.runs[0].hparams["backbone"]).removeprefix("resnet8_")
-            stages.setdefault(f"students {backbone}, {part}", []).extend(run.last["seconds"] for run in lot.sweep.runs)
+            first = lot.sweep.runs[0]
+            backbone = str(first.hparams["backbone"]).removeprefix("resnet8_")
+            name = f"students {backbone}, {part}, {first.machine['precision']}"
+            stages.setdefault(name, []).extend(run.last["seconds"] for run in lot.sweep.runs)
     rows = [
         [name, str(len(seconds)), f"{np.median(seconds):.1f}", f"{sum(seconds) / 3600:.2f}"]
         for name, seconds in sorted(stages.items())
@@ -249,9 +276,9 @@ def show_costs(study: Study) -> str:
 
 
 def show_proof(study: Study) -> str:
-    """Return when each report sweep's runs began, and at which commits."""
+    """Return when each sweep's runs began, and at which commits."""
     rows = []
-    for name, lot in study.report.items():
+    for name, lot in (study.development | study.report).items():
         starts = sorted(str(run.first.get("started")) for run in lot.sweep.runs)
         commits = Counter(str(run.machine.get("commit")) for run in lot.sweep.runs)
         shown = ", ".join(f"{commit} ({count})" for commit, count in sorted(commits.items()))
@@ -262,18 +289,24 @@ def show_proof(study: Study) -> str:
 # --- figures ------------------------------------------------------------------------------------------------------
 
 
-def draw_sizes(study: Study, widths: Sequence[int]) -> str:
-    """Draw gains against the student's width."""
+def draw_sizes(study: Study, pairs: Mapping[str, tuple[str, str]], widths: Sequence[int]) -> str:
+    """Draw gains against the student's width, those of the size table.
+
+    Args:
+        study: All sweeps.
+        pairs: Of sweeps, as `list_size_pairs` does.
+        widths: In the order of each gain's pairs.
+    """
     x = Axis("width of the student's ResNet-8 (logarithmic)", [(math.log2(width), str(width)) for width in widths])
+    entries = [*study.compare_all(pairs).items()]
     series: list[Series] = []
-    for name, first, second in (("DAFT - KD", "daft", "kd"), ("KD - ERM", "kd", "erm"), ("DAFT - ERM", "daft", "erm")):
-        entries = [study.compare(f"{first}_w{width}", f"{second}_w{width}") for width in widths]
+    for start in range(0, len(entries), len(widths)):
         shift = 0.06 * (len(series) - 1)  # so that intervals do not hide each other
-        points = [
-            Point(math.log2(width) + shift, entry.gain or 0.0, *(entry.interval or (None, None)))
-            for width, entry in zip(widths, entries, strict=True)
-        ]
-        series.append(Series(name, points))
+        points = []
+        for width, (_, entry) in zip(widths, entries[start:], strict=False):
+            assert entry.gain is not None
+            points.append(Point(math.log2(width) + shift, entry.gain, *(entry.interval or (None, None))))
+        series.append(Series(entries[start][0].split(",")[0], points))
     ends = [value for line in series for point in line.points for value in (point.y, point.low, point.high)]
     y = make_axis("gain in points", [0.0, *(value for value in ends if value is not None)], 1.0)
     return draw_chart("Gain in held-out accuracy against the student's width", x, y, series)
@@ -284,10 +317,9 @@ def draw_teachers(study: Study, lots: Mapping[str, str]) -> str:
     series = []
     for name, title in lots.items():
         lot = study.report[name]
-        teacher = "AFT" if lot.algorithm == "DAFT" else "ERM"
-        rows = {(row.role, row.algorithm): row for row in lot.table.rows}
-        pairs = zip(rows["teacher", teacher].cells, rows["student", lot.algorithm].cells, strict=True)
-        series.append(Series(title, [Point(t.mean or 0.0, s.mean or 0.0) for t, s in pairs], is_line=False))
+        taught = np.mean([*get_teachers(lot).values()], axis=0)
+        students = np.mean([*lot.get_trials().values()], axis=0)
+        series.append(Series(title, [Point(*pair) for pair in zip(taught, students, strict=True)], is_line=False))
     points = [point for line in series for point in line.points]
     x = make_axis("teacher's held-out accuracy, percent", [point.x for point in points], 10.0)
     y = make_axis("student's held-out accuracy, percent", [point.y for point in points], 10.0)
@@ -295,28 +327,22 @@ def draw_teachers(study: Study, lots: Mapping[str, str]) -> str:
 
 
 def draw_radii(study: Study, lots: Mapping[float, str]) -> str:
-    """Draw held-out accuracy of teacher and student against the radius of the adversary, by the trials all have."""
-    found = [study.report[name] for name in lots.values()]
-    trials = sorted(set.intersection(*(set(lot.get_trials()) for lot in found)))
-    students, teachers = [], []
-    for radius, lot in zip(lots, found, strict=True):
-        accuracies = lot.get_trials()
-        values = [float(np.mean(accuracies[trial])) for trial in trials]
-        students.append(Point(radius, float(np.mean(values)), *bootstrap_mean(values)))
-        numbers = [n for row in lot.table.rows if (row.role, row.algorithm) == ("teacher", "AFT") for n in _list(row)]
-        by_trial = [
-            float(np.mean([n.accuracy for n in numbers if n.choice.run.key.trial_seed == trial])) for trial in trials
-        ]
-        teachers.append(Point(radius, float(np.mean(by_trial)), *bootstrap_mean(by_trial)))
-    series = [Series("AFT teacher", teachers), Series("DAFT student", students)]
-    values = [value for line in series for point in line.points for value in (point.low, point.high) if value]
-    x = Axis("radius, share of the mean feature norm", [(radius, f"{radius:g}") for radius in lots])
-    title = f"Held-out accuracy against the adversary's radius, {len(trials)} trials"
-    return draw_chart(title, x, make_axis("held-out accuracy, percent", values, 5.0), series)
+    """Draw held-out accuracy of teacher and student against the radius of the adversary, on development trials.
 
-
-def _list(row: Any) -> list[Any]:
-    return [number for cell in row.cells for number in cell.numbers]
+    Args:
+        study: All sweeps.
+        lots: Development sweeps by radius.
+    """
+    students: list[Point] = []
+    teachers: list[Point] = []
+    for radius, name in lots.items():
+        lot = study.development[name]
+        for points, accuracies in ((students, lot.get_trials()), (teachers, get_teachers(lot))):
+            points.append(Point(radius, float(np.mean([*accuracies.values()]))))
+    series = [Series("teacher", teachers), Series("student", students)]
+    x = Axis("radius, share of the mean feature norm", [(radius, f"{radius:g}" if radius else "KD") for radius in lots])
+    y = make_axis("held-out accuracy, percent", [point.y for line in series for point in line.points], 5.0)
+    return draw_chart("Held-out accuracy against the adversary's radius, development trials", x, y, series)
 
 
 # --- records ------------------------------------------------------------------------------------------------------
@@ -341,35 +367,47 @@ def pack(runs: Path, archive: Path) -> int:
     return len(files)
 
 
-def describe(study: Study) -> dict[str, Any]:
-    """Return what the page's template takes, beside the functions that show tables."""
-
-    def get_lots(titles: Mapping[str, str]) -> dict[str, Lot]:
-        return {title: study.report[name] for name, title in titles.items()}
-
-    cells = [(width, method) for width in WIDTHS for method in METHODS]
-    gains = [("daft", "kd"), ("kd", "erm"), ("daft", "erm")]
-    pairs = {
-        f"{METHODS[a]} - {METHODS[b]}, width {width}": (f"{a}_w{width}", f"{b}_w{width}")
-        for a, b in gains
-        for width in WIDTHS
-    }
-    slopes = {f"{METHODS[a]} - {METHODS[b]}": study.fit_slope(a, b, WIDTHS) for a, b in gains}
-    planned = {path.stem for path in (STUDY / "report").glob("*.yaml")}
+def list_size_pairs(widths: Sequence[int]) -> dict[str, tuple[str, str]]:
+    """Return what the size of the student is judged by: all gains of methods, each at every width."""
     return {
-        "study": study,
+        f"{METHODS[a]} - {METHODS[b]}, width {width}": (f"{a}_w{width}", f"{b}_w{width}")
+        for a, b in GAINS
+        for width in widths
+    }
+
+
+def describe(study: Study) -> dict[str, Any]:
+    """Return what the page's template takes."""
+
+    def compare(pairs: Mapping[str, tuple[str, str]]) -> str:
+        return show_comparisons(study.compare_all(pairs))
+
+    def accuracies(titles: Mapping[str, str]) -> str:
+        return show_accuracies({title: study.report[name] for name, title in titles.items()})
+
+    slopes = {f"{METHODS[a]} - {METHODS[b]}": study.fit_slope(a, b, WIDTHS) for a, b in GAINS}
+    planned = {path.stem for path in (STUDY / "report").glob("*.yaml")}
+    sizes = {f"{name}_w{width}": f"{title}, width {width}" for width in WIDTHS for name, title in METHODS.items()}
+    return {
+        "accuracies": accuracies,
+        "compare": compare,
         "main": MAIN,
+        "scratch": SCRATCH,
+        "digits": DIGITS,
+        "measured": SCRATCH,
         "widths": WIDTHS,
-        "lots": get_lots,
-        "sizes": {f"{method}_w{width}": f"{METHODS[method]}, width {width}" for width, method in cells},
-        "size_pairs": pairs,
-        "slopes": slopes,
-        "slope_ps": adjust_holm([slope.p for slope in slopes.values()]),
+        "sizes": sizes,
+        "size_pairs": list_size_pairs(WIDTHS),
+        "slopes": [
+            (title, _show_gain(slope.value, slope.interval), _show_p(slope.p), _show_p(p), slope.n)
+            for (title, slope), p in zip(slopes.items(), adjust_holm([s.p for s in slopes.values()]), strict=True)
+        ],
+        "development": show_development(study, {name: name.split("_")[0].upper() for name in study.development}),
+        "measures": lambda titles: show_measures(study, titles),
         "unrun": sorted(planned - study.report.keys()),
-        "development": {name: name.split("_")[0].upper() for name in study.development},
+        "proof": show_proof(study),
+        "costs": show_costs(study),
         "cpu": study.report["erm_w8"].sweep.runs[0].machine["cpu"],
-        "gain": _show_gain,
-        "p": _show_p,
     }
 
 
@@ -379,19 +417,15 @@ def write(archive: Path, page: Path, figures: Path) -> None:
         with tarfile.open(archive) as tar:
             tar.extractall(folder, filter="data")
         study = Study(Path(folder))
-        loader = jinja2.FileSystemLoader(STUDY)
-        environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-        tools: dict[str, Callable[..., Any]] = {
-            name: value for name, value in globals().items() if name.startswith(("show_", "get_"))
-        }
-        text = environment.get_template("results.md.j2").render(tools | describe(study))
-        figures.mkdir(exist_ok=True)
-        drawings = {
-            "sizes.svg": draw_sizes(study, WIDTHS),
-            "teachers.svg": draw_teachers(study, {"kd_w8": "KD", "daft_w8": "DAFT"}),
-            "radii.svg": draw_radii(study, RADII),
-        }
-    page.write_text(text)
+    loader = jinja2.FileSystemLoader(STUDY)
+    environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    page.write_text(environment.get_template("results.md.j2").render(describe(study)))
+    figures.mkdir(exist_ok=True)
+    drawings = {
+        "sizes.svg": draw_sizes(study, list_size_pairs(WIDTHS), WIDTHS),
+        "teachers.svg": draw_teachers(study, {"kd_w8": "KD", "daft_w8": "DAFT"}),
+        "radii.svg": draw_radii(study, {0.0: NO_RADIUS} | RADII),
+    }
     for name, drawing in drawings.items():
         (figures / name).write_text(drawing)
 

@@ -2,8 +2,8 @@
 
     python -m tools.measure_claim runs/claim SWEEP... [--trials 8] [--attacked_trials 2]
 
-Writes runs/claim/measures.jsonl, a line a student: its chosen checkpoint, and the teacher behind it. Needs
-torchmetrics.
+Adds to runs/claim/measures.jsonl a line a student that has none yet: its chosen checkpoint, and the teacher behind it.
+Needs torchmetrics.
 """
 
 from __future__ import annotations
@@ -138,14 +138,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     host = plugin.find_host()
     plugin.register(host)
-    with (args.runs / MEASURES).open("a") as file:
+    measures = args.runs / MEASURES
+    lines = [json.loads(line) for line in measures.read_text().splitlines()] if measures.is_file() else []
+    measured = {(line["sweep"], line["trial"], line["env"]) for line in lines}
+    with measures.open("a") as file:
         for sweep in args.sweeps:
-            for results in sorted((args.runs / "report" / sweep).glob("*/results.jsonl")):
-                trial = json.loads(results.read_text().splitlines()[0])["args"]["trial_seed"]
-                if trial < args.trials:
-                    line = measure_run(
-                        host, results.parent, args.runs / "features", is_attacked=trial < args.attacked_trials
-                    )
+            for done in sorted((args.runs / "report" / sweep).glob("*/done")):
+                run = json.loads((done.parent / "results.jsonl").read_text().splitlines()[0])["args"]
+                trial = run["trial_seed"]
+                if trial < args.trials and (sweep, trial, run["test_envs"][0]) not in measured:
+                    is_attacked = trial < args.attacked_trials
+                    line = measure_run(host, done.parent, args.runs / "features", is_attacked=is_attacked)
                     print(json.dumps({"sweep": sweep} | line), file=file, flush=True)
     return 0
 

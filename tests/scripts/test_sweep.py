@@ -460,7 +460,9 @@ def test_config_that_is_not_there(sweep: Sweep, tmp_path: Path) -> None:
     assert "--config binary.yaml cannot be read" in sweep.refuse("launch", "--config", "binary.yaml")
 
 
-@pytest.mark.parametrize("study", sorted(path.parent.name for path in Path(__file__).parents[2].glob("sweeps/*/sweep.yaml")))
+@pytest.mark.parametrize(
+    "study", sorted(path.parent.name for path in Path(__file__).parents[2].glob("sweeps/*/sweep.yaml"))
+)
 def test_studies_of_the_repository_are_read(study: str) -> None:
     from daft_domainbed.scripts.sweep import collect_sweep_args, read_config
 

@@ -6,9 +6,11 @@ import os
 import tarfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 
+from daft_domainbed.errors import RunError
 from tests.results.conftest import SweepMaker
 from tools import claim
 from tools.claim import Study
@@ -25,7 +27,8 @@ def write_lot(root: Path, name: str, algorithm: str, accuracies: Gains, validati
             late = [(0.9, validation)] * len(ENVIRONMENTS)
             late[env] = ((percent + 10 * env) / 100, 0.0)
             first = {"environments": ENVIRONMENTS, "started": f"2026-11-24T0{trial % 10}:00:00+00:00"}
-            first |= {"machine": {"commit": "abc1234"}}
+            first |= {"machine": {"commit": "abc1234", "precision": "bf16"}}
+            first |= {"teacher": {"accuracies": {f"env{env}_in_acc": (percent + 20) / 100}}}
             hparams = {"backbone": "resnet8_w8"}
             checkpoints = {0: [(0.1, 0.1)] * len(ENVIRONMENTS), 10: late}
             last = {"seconds": 36.0}
@@ -43,6 +46,15 @@ def make_study(tmp_path: Path) -> Callable[..., Study]:
         return Study(tmp_path)
 
     return make
+
+
+def test_every_sweep_of_the_study_was_planned(tmp_path: Path) -> None:
+    with tarfile.open(claim.RECORDS) as tar:
+        tar.extractall(tmp_path, filter="data")
+    for part in ("development", "report"):
+        planned = {path.stem for path in (claim.STUDY / part).glob("*.yaml")}
+        run = {path.name for path in (tmp_path / part).iterdir()}
+        assert run and run <= planned
 
 
 def test_page_and_figures_are_what_the_records_say(tmp_path: Path) -> None:
@@ -75,7 +87,49 @@ def test_slope_by_hand(make_study: Callable[..., Study]) -> None:
 def test_slope_counts_trials_that_every_width_has(make_study: Callable[..., Study]) -> None:
     study = make_study(kd_w4={0: 1, 1: 1}, daft_w4={0: 2, 1: 9}, kd_w8={0: 1, 2: 1}, daft_w8={0: 4, 2: 9})
     slope = study.fit_slope("daft", "kd", [4, 8])
-    assert (slope.n, slope.value) == (1, pytest.approx(2.0))
+    assert (slope.n, slope.value, slope.interval) == (1, pytest.approx(2.0), None)
+
+
+def test_rows_of_a_table_share_their_trials(make_study: Callable[..., Study]) -> None:
+    study = make_study(kd_w8={0: 40, 1: 40, 2: 40}, daft_w8={0: 41, 1: 43, 2: 49}, erm_w8={0: 30, 1: 30})
+    family = study.compare_all({"a": ("daft_w8", "kd_w8"), "b": ("daft_w8", "erm_w8")})
+    assert [(entry.n, entry.gain) for entry in family.values()] == [(2, pytest.approx(2)), (2, pytest.approx(12))]
+    assert claim.show_comparisons(family).splitlines()[2] == "| a | +2.00 | 0.5000 | 1.0000 | 2 | 4 |"
+
+
+def test_teachers_are_those_that_students_recorded(make_study: Callable[..., Study]) -> None:
+    study = make_study(kd_w8={0: 40, 3: 41})
+    assert claim.get_teachers(study.report["kd_w8"]) == {0: pytest.approx([60, 60]), 3: pytest.approx([61, 61])}
+
+
+def test_size_figure_shows_the_gains_of_its_table(make_study: Callable[..., Study]) -> None:
+    trials = range(2)
+    lots = {f"{name}_w{w}": dict.fromkeys(trials, 40.0 + i) for w in (4, 8) for i, name in enumerate(claim.METHODS)}
+    pairs = claim.list_size_pairs([4, 8])
+    assert [*pairs.items()][:2] == [
+        ("DAFT - KD, width 4", ("daft_w4", "kd_w4")),
+        ("DAFT - KD, width 8", ("daft_w8", "kd_w8")),
+    ]
+    drawn = claim.draw_sizes(make_study(**lots), pairs, [4, 8])
+    assert [drawn.count(f">{name}</text>") for name in ("DAFT - KD", "KD - ERM", "DAFT - ERM")] == [1, 1, 1]
+    assert drawn.count("<circle") == 6
+
+
+def test_a_run_that_exists_twice_is_refused(make_study: Callable[..., Study], tmp_path: Path) -> None:
+    make_study(erm_w8={0: 1, 1: 1})
+    folder = next((tmp_path / "report" / "erm_w8").glob("*/results.jsonl")).parent
+    copytree(folder, folder.with_name("again"))
+    with pytest.raises(RunError, match="erm_w8: 5 runs, of which 4 are sound and unlike each other"):
+        Study(tmp_path)
+
+
+def test_unfinished_runs_are_not_packed(make_study: Callable[..., Study], tmp_path: Path) -> None:
+    make_study(erm_w8={0: 1, 1: 1})
+    for done in sorted(tmp_path.rglob("done"))[:2]:
+        done.unlink()
+    with pytest.raises(RunError, match="is not done, and 1 more are not: go on with its sweep first"):
+        claim.pack(tmp_path, tmp_path / "first.tar.xz")
+    assert not (tmp_path / "first.tar.xz").exists()
 
 
 def test_comparison_table_corrects_for_its_family(make_study: Callable[..., Study]) -> None:
@@ -98,16 +152,18 @@ def test_development_is_judged_by_training_domains(tmp_path: Path) -> None:
 def test_proof_names_runs_times_and_commits(make_study: Callable[..., Study]) -> None:
     study = make_study(erm_w8={0: 1, 3: 1})
     row = claim.show_proof(study).splitlines()[-1]
-    assert row == "| `erm_w8` | 4 | 0 | 2026-11-24T00:00 | 2026-11-24T03:00 | abc1234 (4) |"
+    assert row == "| `erm_w8` | 4 | 2026-11-24T00:00 | 2026-11-24T03:00 | abc1234 (4) |"
 
 
 def test_costs_are_added_up(make_study: Callable[..., Study], tmp_path: Path) -> None:
-    write_lot(tmp_path, "teachers", "AFT", {0: 50})
+    write_lot(tmp_path, "teachers", "AFT", {0: 50})  # two held-out domains
+    other = next((tmp_path / "teachers").iterdir())
+    copytree(other, other.with_name("another radius"))
     study = make_study(erm_w8={0: 1, 1: 1, 2: 1})
     rows = claim.show_costs(study).splitlines()[2:]
-    assert rows[0] == "| AFT teachers | 2 | 36.0 | 0.02 |"
-    assert rows[1] == "| students w8, report | 6 | 36.0 | 0.06 |"
-    assert rows[2] == "| **all** | 8 |  | **0.08** |"
+    assert rows[0] == "| AFT teachers, resnet8_w8 | 3 | 36.0 | 0.03 |"
+    assert rows[1] == "| students w8, report, bf16 | 6 | 36.0 | 0.06 |"
+    assert rows[2] == "| **all** | 9 |  | **0.09** |"
 
 
 def test_archive_holds_records_and_depends_on_nothing_else(make_study: Callable[..., Study], tmp_path: Path) -> None:

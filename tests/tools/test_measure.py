@@ -42,6 +42,14 @@ def test_measures_are_those_of_the_chosen_checkpoint(run: Path, tiny: Any) -> No
     assert line["teacher"]["held_out"] == pytest.approx(recorded["env1_in_acc"])
     assert 0 <= line["student"]["agreement"] <= 1
     assert not {"robust_small", "robust_large"} & line["student"].keys()
+    assert measure_claim.main([str(tiny.root), "kd"]) == 0  # it has been
+    assert len((tiny.root / "measures.jsonl").read_text().splitlines()) == 1
+
+
+def test_runs_that_are_not_done_are_not_measured(run: Path, tiny: Any) -> None:
+    (run / "done").unlink()
+    assert measure_claim.main([str(tiny.root), "kd"]) == 0
+    assert (tiny.root / "measures.jsonl").read_text() == ""
 
 
 class Linear(nn.Module):
