@@ -26,7 +26,7 @@ from daft_domainbed.image_cache import cache_images
 from daft_domainbed.loaders import make_eval_stream, make_stream
 from daft_domainbed.locks import Claim
 from daft_domainbed.machine import describe_machine, keep_freed_memory
-from daft_domainbed.precision import Precision
+from daft_domainbed.precision import Precision, find_drawback
 from daft_domainbed.provenance import Request, RunFacts
 from daft_domainbed.run_folder import (
     DONE_FILE,
@@ -133,6 +133,8 @@ class _Run:
             self.algorithm = algorithm_class(dataset.input_shape, dataset.num_classes, n_domains, self.hparams)
         self._say_which_teacher()
         self.algorithm.to(self.device)
+        if drawback := find_drawback(args.precision, self.device):
+            self.log.warn(drawback)
         self.precision = Precision(args.precision, self.device)
         self.precision.prepare(self.algorithm, dataset.input_shape)
         if teacher := self._get_teacher():

@@ -81,6 +81,13 @@ def check_precision(name: str, device: torch.device, algorithm: str = "ERM") -> 
         )
 
 
+def find_drawback(name: str, device: torch.device) -> str | None:
+    """Return what makes a precision a bad choice on this machine, in one line, or None."""
+    if name == "bf16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "--precision bf16: this CPU has no instructions for it, which can cost twenty times the time of fp32"
+    return None
+
+
 class _LossScaler(TorchFunctionMode):
     """Dynamic loss scaling (Micikevicius et al., 2018) for algorithms that know nothing of it.
 

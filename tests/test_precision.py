@@ -128,6 +128,22 @@ def test_bf16_trains_every_stage_on_a_cpu(algorithm: str, attack: str | None, tm
     assert all(value.isfinite().all() for value in states["bf16"].values())
 
 
+@pytest.mark.parametrize(
+    ("precision", "is_supported", "is_warned"), [("bf16", False, True), ("bf16", True, False), ("fp32", False, False)]
+)
+def test_bf16_that_a_cpu_only_imitates_is_warned_of(
+    tiny: Any,
+    precision: str,
+    is_supported: bool,
+    is_warned: bool,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: is_supported)
+    tiny.train("run", precision=precision)
+    assert capsys.readouterr().err.count("this CPU has no instructions for it") == is_warned
+
+
 def is_channels_last(learner: Convolving) -> bool:
     return learner.network[0].weight.is_contiguous(memory_format=torch.channels_last)
 
