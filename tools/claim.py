@@ -15,7 +15,7 @@ import sys
 import tarfile
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -106,10 +106,17 @@ class Study:
         ours, theirs = self.report[first], self.report[second]
         return compare_trials(ours.table, first, second, ours.get_trials(), theirs.get_trials())
 
-    def compare_all(self, pairs: Mapping[str, tuple[str, str]]) -> dict[str, Comparison]:
-        """Compare pairs of sweeps by the trials that all of them have, so that rows differ in nothing else."""
+    def compare_all(
+        self, pairs: Mapping[str, tuple[str, str]], collect: Callable[[Lot], dict[int, list[float]]] | None = None
+    ) -> dict[str, Comparison]:
+        """Compare pairs of sweeps by the trials that all of them have, so that rows differ in nothing else.
+
+        Args:
+            pairs: Of sweeps, by what their row is called.
+            collect: Whose accuracies of a sweep; the students' where it is not given.
+        """
         lots = {name: self.report[name] for pair in pairs.values() for name in pair}
-        accuracies = {name: lot.get_trials() for name, lot in lots.items()}
+        accuracies = {name: (collect or Lot.get_trials)(lot) for name, lot in lots.items()}
         shared = set.intersection(*(set(trials) for trials in accuracies.values()))
         kept = {name: {t: trials[t] for t in shared} for name, trials in accuracies.items()}
         return {
@@ -196,7 +203,7 @@ def show_comparisons(family: Mapping[str, Comparison]) -> str:
     """Return gains with intervals and p-values, the latter corrected for the whole family."""
     rows = []
     for title, entry in zip(family, correct_family([*family.values()]), strict=True):
-        assert entry.gain is not None and entry.p is not None and entry.p_adjusted is not None
+        assert entry.gain is not None
         n_pairs = entry.n * len(entry.gains)
         numbers = [_show_gain(entry.gain, entry.interval), _show_p(entry.p), _show_p(entry.p_adjusted)]
         rows.append([title, *numbers, str(entry.n), str(n_pairs)])
@@ -212,7 +219,8 @@ def _show_gain(gain: float, interval: tuple[float, float] | None) -> str:
     return f"{gain:+.2f}" + (f" [{interval[0]:+.2f}, {interval[1]:+.2f}]" if interval else "")
 
 
-def _show_p(p: float) -> str:
+def _show_p(p: float | None) -> str:
+    assert p is not None
     return f"{p:.4f}" if p >= 0.00005 else f"{p:.0e}"
 
 
@@ -276,9 +284,9 @@ def show_costs(study: Study) -> str:
 
 
 def show_proof(study: Study) -> str:
-    """Return when each sweep's runs began, and at which commits."""
+    """Return when each report sweep's runs began, and at which commits."""
     rows = []
-    for name, lot in (study.development | study.report).items():
+    for name, lot in study.report.items():
         starts = sorted(str(run.first.get("started")) for run in lot.sweep.runs)
         commits = Counter(str(run.machine.get("commit")) for run in lot.sweep.runs)
         shown = ", ".join(f"{commit} ({count})" for commit, count in sorted(commits.items()))
@@ -382,6 +390,16 @@ def describe(study: Study) -> dict[str, Any]:
     def compare(pairs: Mapping[str, tuple[str, str]]) -> str:
         return show_comparisons(study.compare_all(pairs))
 
+    def compare_teachers(pairs: Mapping[str, tuple[str, str]]) -> str:
+        return show_comparisons(study.compare_all(pairs, get_teachers))
+
+    def gain(entry: Comparison) -> str:
+        assert entry.gain is not None
+        return _show_gain(entry.gain, entry.interval)
+
+    def of_teachers(first: str, second: str) -> Comparison:
+        return study.compare_all({"": (first, second)}, get_teachers)[""]
+
     def accuracies(titles: Mapping[str, str]) -> str:
         return show_accuracies({title: study.report[name] for name, title in titles.items()})
 
@@ -391,6 +409,11 @@ def describe(study: Study) -> dict[str, Any]:
     return {
         "accuracies": accuracies,
         "compare": compare,
+        "compare_teachers": compare_teachers,
+        "gain": lambda first, second: gain(study.compare(first, second)),
+        "teacher_gain": lambda first, second: gain(of_teachers(first, second)),
+        "teacher_p": lambda first, second: _show_p(of_teachers(first, second).p),
+        "teacher": lambda name: f"{np.mean([*get_teachers(study.report[name]).values()]):.1f}",
         "main": MAIN,
         "scratch": SCRATCH,
         "digits": DIGITS,
