@@ -107,18 +107,22 @@ class Study:
         return compare_trials(ours.table, first, second, ours.get_trials(), theirs.get_trials())
 
     def compare_all(
-        self, pairs: Mapping[str, tuple[str, str]], collect: Callable[[Lot], dict[int, list[float]]] | None = None
+        self,
+        pairs: Mapping[str, tuple[str, str]],
+        collect: Callable[[Lot], dict[int, list[float]]] | None = None,
+        first_trial: int = 0,
     ) -> dict[str, Comparison]:
         """Compare pairs of sweeps by the trials that all of them have, so that rows differ in nothing else.
 
         Args:
             pairs: Of sweeps, by what their row is called.
             collect: Whose accuracies of a sweep; the students' where it is not given.
+            first_trial: Those before are left out.
         """
         lots = {name: self.report[name] for pair in pairs.values() for name in pair}
         accuracies = {name: (collect or Lot.get_trials)(lot) for name, lot in lots.items()}
         shared = set.intersection(*(set(trials) for trials in accuracies.values()))
-        kept = {name: {t: trials[t] for t in shared} for name, trials in accuracies.items()}
+        kept = {name: {t: trials[t] for t in shared if t >= first_trial} for name, trials in accuracies.items()}
         return {
             title: compare_trials(lots[first].table, first, second, kept[first], kept[second])
             for title, (first, second) in pairs.items()
@@ -203,7 +207,7 @@ def show_comparisons(family: Mapping[str, Comparison]) -> str:
     """Return gains with intervals and p-values, the latter corrected for the whole family."""
     rows = []
     for title, entry in zip(family, correct_family([*family.values()]), strict=True):
-        assert entry.gain is not None
+        assert entry.gain is not None and entry.p is not None and entry.p_adjusted is not None
         n_pairs = entry.n * len(entry.gains)
         numbers = [_show_gain(entry.gain, entry.interval), _show_p(entry.p), _show_p(entry.p_adjusted)]
         rows.append([title, *numbers, str(entry.n), str(n_pairs)])
@@ -219,8 +223,7 @@ def _show_gain(gain: float, interval: tuple[float, float] | None) -> str:
     return f"{gain:+.2f}" + (f" [{interval[0]:+.2f}, {interval[1]:+.2f}]" if interval else "")
 
 
-def _show_p(p: float | None) -> str:
-    assert p is not None
+def _show_p(p: float) -> str:
     return f"{p:.4f}" if p >= 0.00005 else f"{p:.0e}"
 
 
@@ -387,18 +390,16 @@ def list_size_pairs(widths: Sequence[int]) -> dict[str, tuple[str, str]]:
 def describe(study: Study) -> dict[str, Any]:
     """Return what the page's template takes."""
 
-    def compare(pairs: Mapping[str, tuple[str, str]]) -> str:
-        return show_comparisons(study.compare_all(pairs))
+    def compare(pairs: Mapping[str, tuple[str, str]], first_trial: int = 0) -> str:
+        return show_comparisons(study.compare_all(pairs, first_trial=first_trial))
 
-    def compare_teachers(pairs: Mapping[str, tuple[str, str]]) -> str:
-        return show_comparisons(study.compare_all(pairs, get_teachers))
+    def compare_teachers(pairs: Mapping[str, tuple[str, str]], first_trial: int = 0) -> str:
+        return show_comparisons(study.compare_all(pairs, get_teachers, first_trial))
 
-    def gain(entry: Comparison) -> str:
+    def gain(first: str, second: str, collect: Callable[[Lot], dict[int, list[float]]] | None = None) -> str:
+        entry = study.compare_all({"": (first, second)}, collect)[""]
         assert entry.gain is not None
         return _show_gain(entry.gain, entry.interval)
-
-    def of_teachers(first: str, second: str) -> Comparison:
-        return study.compare_all({"": (first, second)}, get_teachers)[""]
 
     def accuracies(titles: Mapping[str, str]) -> str:
         return show_accuracies({title: study.report[name] for name, title in titles.items()})
@@ -410,9 +411,8 @@ def describe(study: Study) -> dict[str, Any]:
         "accuracies": accuracies,
         "compare": compare,
         "compare_teachers": compare_teachers,
-        "gain": lambda first, second: gain(study.compare(first, second)),
-        "teacher_gain": lambda first, second: gain(of_teachers(first, second)),
-        "teacher_p": lambda first, second: _show_p(of_teachers(first, second).p),
+        "gain": gain,
+        "teacher_gain": lambda first, second: gain(first, second, get_teachers),
         "teacher": lambda name: f"{np.mean([*get_teachers(study.report[name]).values()]):.1f}",
         "main": MAIN,
         "scratch": SCRATCH,
