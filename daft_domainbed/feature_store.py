@@ -64,7 +64,8 @@ class FeatureStore:
         except (sqlite3.Error, OSError) as error:
             self._give_up(error)
             return self._memory.recall(images, encode)
-        return torch.stack([(found | encoded)[key] for key in keys])
+        rows = found | encoded
+        return torch.stack([rows[key] for key in keys])
 
     def _give_up(self, error: Exception) -> None:
         self._database = None

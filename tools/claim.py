@@ -23,7 +23,13 @@ import jinja2
 import numpy as np
 
 from daft_domainbed.errors import RunError
-from daft_domainbed.results.comparison import Comparison, collect_trials, compare_trials, correct_family
+from daft_domainbed.results.comparison import (
+    FEWEST_TRIALS,
+    Comparison,
+    collect_trials,
+    compare_trials,
+    correct_family,
+)
 from daft_domainbed.results.records import Sweep, read_sweep
 from daft_domainbed.results.selection import choose
 from daft_domainbed.results.statistics import adjust_holm, bootstrap_mean, flip_signs, mean, standard_error
@@ -62,9 +68,13 @@ METHODS = {"erm": "ERM", "kd": "KD", "daft": "DAFT"}
 GAINS = (("daft", "kd"), ("kd", "erm"), ("daft", "erm"))
 WIDTHS = (4, 8, 24)
 # Radius of the adversary, in shares of the features' mean norm, by development sweep that is alike but for it.
-RADII = {0.025: "daft_eps0.025_mix0.5", 0.05: "daft_eps0.05_mix0.5", 0.1: "daft_eps0.1_mix0.5"}
-NO_RADIUS = "kd_t4_w0.7"  # distils the teacher that these fine-tune, with the same settings
-FEWEST_TRIALS = 6  # for an interval
+# At 0 stands KD with the same settings: it distils the teacher that the others fine-tune.
+RADII = {
+    0.0: "kd_t4_w0.7",
+    0.025: "daft_eps0.025_mix0.5",
+    0.05: "daft_eps0.05_mix0.5",
+    0.1: "daft_eps0.1_mix0.5",
+}
 
 
 class Lot(NamedTuple):
@@ -84,6 +94,9 @@ class Lot(NamedTuple):
         return collect_trials(self.table, self.algorithm)
 
 
+Collect = Callable[[Lot], dict[int, list[float]]]  # accuracies on each held-out domain, by trial
+
+
 class Study:
     """All sweeps of the study, by name.
 
@@ -101,26 +114,22 @@ class Study:
         files = sorted((root / "teachers").glob("*/results.jsonl"))
         self.teachers: list[dict[str, Any]] = [json.loads(file.read_text().splitlines()[-1]) for file in files]
 
-    def compare(self, first: str, second: str) -> Comparison:
-        """Compare two sweeps by the trials that both have."""
-        ours, theirs = self.report[first], self.report[second]
-        return compare_trials(ours.table, first, second, ours.get_trials(), theirs.get_trials())
+    def compare(self, first: str, second: str, collect: Collect = Lot.get_trials) -> Comparison:
+        """Compare two sweeps by the trials that both have; see `compare_all`."""
+        return self.compare_all({"": (first, second)}, collect)[""]
 
     def compare_all(
-        self,
-        pairs: Mapping[str, tuple[str, str]],
-        collect: Callable[[Lot], dict[int, list[float]]] | None = None,
-        first_trial: int = 0,
+        self, pairs: Mapping[str, tuple[str, str]], collect: Collect = Lot.get_trials, first_trial: int = 0
     ) -> dict[str, Comparison]:
         """Compare pairs of sweeps by the trials that all of them have, so that rows differ in nothing else.
 
         Args:
             pairs: Of sweeps, by what their row is called.
-            collect: Whose accuracies of a sweep; the students' where it is not given.
+            collect: Whose accuracies of a sweep, the students' or their teachers'.
             first_trial: Those before are left out.
         """
         lots = {name: self.report[name] for pair in pairs.values() for name in pair}
-        accuracies = {name: (collect or Lot.get_trials)(lot) for name, lot in lots.items()}
+        accuracies = {name: collect(lot) for name, lot in lots.items()}
         shared = set.intersection(*(set(trials) for trials in accuracies.values()))
         kept = {name: {t: trials[t] for t in shared if t >= first_trial} for name, trials in accuracies.items()}
         return {
@@ -300,24 +309,20 @@ def show_proof(study: Study) -> str:
 # --- figures ------------------------------------------------------------------------------------------------------
 
 
-def draw_sizes(study: Study, pairs: Mapping[str, tuple[str, str]], widths: Sequence[int]) -> str:
-    """Draw gains against the student's width, those of the size table.
-
-    Args:
-        study: All sweeps.
-        pairs: Of sweeps, as `list_size_pairs` does.
-        widths: In the order of each gain's pairs.
-    """
+def draw_sizes(study: Study, widths: Sequence[int]) -> str:
+    """Draw gains against the student's width, those of the size table."""
     x = Axis("width of the student's ResNet-8 (logarithmic)", [(math.log2(width), str(width)) for width in widths])
-    entries = [*study.compare_all(pairs).items()]
+    entries = study.compare_all(list_size_pairs(widths))
     series: list[Series] = []
-    for start in range(0, len(entries), len(widths)):
+    for a, b in GAINS:
+        name = f"{METHODS[a]} - {METHODS[b]}"
         shift = 0.06 * (len(series) - 1)  # so that intervals do not hide each other
         points = []
-        for width, (_, entry) in zip(widths, entries[start:], strict=False):
+        for width in widths:
+            entry = entries[f"{name}, width {width}"]
             assert entry.gain is not None
             points.append(Point(math.log2(width) + shift, entry.gain, *(entry.interval or (None, None))))
-        series.append(Series(entries[start][0].split(",")[0], points))
+        series.append(Series(name, points))
     ends = [value for line in series for point in line.points for value in (point.y, point.low, point.high)]
     y = make_axis("gain in points", [0.0, *(value for value in ends if value is not None)], 1.0)
     return draw_chart("Gain in held-out accuracy against the student's width", x, y, series)
@@ -361,13 +366,13 @@ def draw_radii(study: Study, lots: Mapping[float, str]) -> str:
 
 def pack(runs: Path, archive: Path) -> int:
     """Pack records, and what was measured, into an archive whose bytes depend on nothing else; return how many."""
-    folders = [file.parent for file in runs.glob("*/**/results.jsonl")]
-    unfinished = [folder for folder in folders if not (folder / "done").is_file()]
+    records = [*runs.glob("*/**/results.jsonl")]
+    unfinished = [file.parent for file in records if not (file.parent / "done").is_file()]
     if unfinished:
         raise RunError(
             f"{unfinished[0]} is not done, and {len(unfinished) - 1} more are not: go on with its sweep first"
         )
-    files = sorted([*runs.glob("*/*/results.jsonl"), *runs.glob("*/*/*/results.jsonl"), *runs.glob(MEASURES)])
+    files = sorted([*records, *runs.glob(MEASURES)])
     content = io.BytesIO()
     with tarfile.open(fileobj=content, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for file in files:
@@ -393,11 +398,11 @@ def describe(study: Study) -> dict[str, Any]:
     def compare(pairs: Mapping[str, tuple[str, str]], first_trial: int = 0) -> str:
         return show_comparisons(study.compare_all(pairs, first_trial=first_trial))
 
-    def compare_teachers(pairs: Mapping[str, tuple[str, str]], first_trial: int = 0) -> str:
-        return show_comparisons(study.compare_all(pairs, get_teachers, first_trial))
+    def compare_teachers(pairs: Mapping[str, tuple[str, str]]) -> str:
+        return show_comparisons(study.compare_all(pairs, get_teachers))
 
-    def gain(first: str, second: str, collect: Callable[[Lot], dict[int, list[float]]] | None = None) -> str:
-        entry = study.compare_all({"": (first, second)}, collect)[""]
+    def gain(first: str, second: str, collect: Collect = Lot.get_trials) -> str:
+        entry = study.compare(first, second, collect)
         assert entry.gain is not None
         return _show_gain(entry.gain, entry.interval)
 
@@ -417,7 +422,6 @@ def describe(study: Study) -> dict[str, Any]:
         "main": MAIN,
         "scratch": SCRATCH,
         "digits": DIGITS,
-        "measured": SCRATCH,
         "widths": WIDTHS,
         "sizes": sizes,
         "size_pairs": list_size_pairs(WIDTHS),
@@ -445,9 +449,9 @@ def write(archive: Path, page: Path, figures: Path) -> None:
     page.write_text(environment.get_template("results.md.j2").render(describe(study)))
     figures.mkdir(exist_ok=True)
     drawings = {
-        "sizes.svg": draw_sizes(study, list_size_pairs(WIDTHS), WIDTHS),
+        "sizes.svg": draw_sizes(study, WIDTHS),
         "teachers.svg": draw_teachers(study, {"kd_w8": "KD", "daft_w8": "DAFT"}),
-        "radii.svg": draw_radii(study, {0.0: NO_RADIUS} | RADII),
+        "radii.svg": draw_radii(study, RADII),
     }
     for name, drawing in drawings.items():
         (figures / name).write_text(drawing)

@@ -17,7 +17,7 @@ from daft_domainbed.results.tables import SELECTION_WORDS, Results, Table
 
 # Of three normal samples the percentile bootstrap's 95 % interval covers the mean in 76 % of cases, of ten in 90 %; and
 # with five no sign-flip test comes below 0.05.
-_FEWEST_TRIALS = 6
+FEWEST_TRIALS = 6
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def compare_trials(
         second=second,
         n=len(gains),
         gain=mean(gains),
-        interval=bootstrap_mean(gains) if len(gains) >= _FEWEST_TRIALS else None,
+        interval=bootstrap_mean(gains) if len(gains) >= FEWEST_TRIALS else None,
         p=flip_signs(gains) if is_tested else None,
         p_adjusted=None,
         gains=dict(zip(table.environments, by_env, strict=True)),
@@ -144,7 +144,7 @@ def _format(entry: Comparison) -> str:
     by_env = ", ".join(f"{env} {gain:+.1f}" for env, gain in entry.gains.items() if gain is not None)
     if entry.p is None or entry.p_adjusted is None:
         return f"{name}: {entry.gain:+.1f}, one trial, which says nothing of its spread ({by_env})"
-    few = f", too few for an interval ({_FEWEST_TRIALS} or more)"
+    few = f", too few for an interval ({FEWEST_TRIALS} or more)"
     interval = f" [{entry.interval[0]:+.1f}, {entry.interval[1]:+.1f}]" if entry.interval else ""
     adjusted = f", corrected {_format_p(entry.p_adjusted)}" if entry.p_adjusted != entry.p else ""
     return (

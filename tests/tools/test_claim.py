@@ -110,7 +110,7 @@ def test_size_figure_shows_the_gains_of_its_table(make_study: Callable[..., Stud
         ("DAFT - KD, width 4", ("daft_w4", "kd_w4")),
         ("DAFT - KD, width 8", ("daft_w8", "kd_w8")),
     ]
-    drawn = claim.draw_sizes(make_study(**lots), pairs, [4, 8])
+    drawn = claim.draw_sizes(make_study(**lots), [4, 8])
     assert [drawn.count(f">{name}</text>") for name in ("DAFT - KD", "KD - ERM", "DAFT - ERM")] == [1, 1, 1]
     assert drawn.count("<circle") == 6
 
