@@ -8,7 +8,7 @@ ARGS ?=
 # Two workers, one thread each, on the two cores that any machine has.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
-.PHONY: help venv demo claim test lint format
+.PHONY: help venv demo claim pages test lint format
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s%s\n", $$1, $$2}' Makefile
@@ -20,6 +20,9 @@ demo: $(VENV)/run.stamp  ## the main job: train every stage on the embedded imag
 
 claim: $(VENV)/run.stamp  ## write docs/results.md and its figures anew from the committed records of the study
 	$(BIN)/python -m tools.claim write
+
+pages: claim  ## the same, and every table in docs/ that follows from the code
+	$(BIN)/python -m tools.pages write
 
 test: lint  ## lint, types, the whole suite with doctests and coverage; CI runs the same
 	$(PYTEST) --cov --cov-report=term

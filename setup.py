@@ -12,9 +12,9 @@ ROOT = Path(__file__).parent
 
 def read_version() -> str:
     """Read the version without importing the package, whose dependencies may not be installed yet."""
-    source = (ROOT / "daft_domainbed" / "__init__.py").read_text(encoding="utf-8")
+    source = (ROOT / "daft_domainbed" / "_version.py").read_text(encoding="utf-8")
     match = re.search(r'^__version__ = "(.+)"$', source, re.MULTILINE)
-    assert match, "daft_domainbed/__init__.py has no __version__ line"
+    assert match, "daft_domainbed/_version.py has no __version__ line"
     return match.group(1)
 
 
@@ -44,7 +44,8 @@ setup(
     keywords=["domain generalization", "DomainBed", "adversarial training", "knowledge distillation", "robustness"],
     packages=find_packages(include=["daft_domainbed", "daft_domainbed.*"]),
     package_data={
-        "daft_domainbed": ["py.typed", "pixels.c"],
+        "daft_domainbed": ["py.typed"],
+        "daft_domainbed.data": ["color_jitter.c"],
         "daft_domainbed.embedded": ["data/*"],
         "daft_domainbed.results": ["templates/*"],
     },

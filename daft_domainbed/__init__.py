@@ -1,6 +1,6 @@
 """DAFT for DomainBed: adversarially fine-tuned teachers, distilled into smaller students."""
 
-__version__ = "0.1.0"
+from daft_domainbed._version import __version__ as __version__
 
 
 def register(host: str = "upstream") -> None:
@@ -13,5 +13,6 @@ def register(host: str = "upstream") -> None:
         UsageError: There is no DomainBed to be found; says what brings it.
     """
     from daft_domainbed import plugin
+    from daft_domainbed.host import contract
 
-    plugin.register(plugin.find_host(host))
+    plugin.register(contract.find_host(host))

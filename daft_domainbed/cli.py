@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from daft_domainbed import __doc__ as PACKAGE_SUMMARY
-from daft_domainbed import __version__
+from daft_domainbed._version import __version__
 from daft_domainbed.errors import DISK_FULL, RunError, UsageError, suggest
-from daft_domainbed.stopping import Stopped
+from daft_domainbed.runtime.stopping import Stopped
 
 PROGRAM = "daft-domainbed"
 SCRIPTS = Path(__file__).parent / "scripts"

@@ -54,7 +54,7 @@ class Tiny:
     def train(self, *args: Any, on_step: Callable[[int, int], None] | None = None, **flags: Any) -> Path:
         """Run or go on with a run in this process."""
         from daft_domainbed.arguments import TrainArgs
-        from daft_domainbed.engine import train
+        from daft_domainbed.training.engine import train
 
         return train(TrainArgs(**self.make_flags(*args, **flags)), quiet=True, on_step=on_step)
 
@@ -62,6 +62,14 @@ class Tiny:
         """Train a model as a teacher of its own, and return its checkpoint."""
         backbone = {"backbone": "resnet8_w4"} if algorithm == "ERM" else {}
         return self.train(folder or algorithm, backbone, algorithm=algorithm, **flags) / "model.pkl"
+
+
+def get_defaults(host: Any, algorithm: str, dataset: str, user: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return an algorithm's default hyperparameters on a data set."""
+    from daft_domainbed.host.contract import describe_dataset
+    from daft_domainbed.plugin.defaults import get_default_hparams
+
+    return get_default_hparams(host, algorithm, describe_dataset(host, dataset, user or {}))
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
@@ -79,7 +87,8 @@ def read_outcome(root: Path) -> dict[str, str]:
 
     Each file is a short text, so that a failing comparison stays readable.
     """
-    from daft_domainbed import checkpoints
+    from daft_domainbed.host import checkpoints
+    from daft_domainbed.models import weights
 
     outcome: dict[str, str] = {}
     for path in sorted(root.rglob("*")):
@@ -92,8 +101,8 @@ def read_outcome(root: Path) -> dict[str, str]:
         elif path.suffix == ".pkl":
             content = checkpoints.load_checkpoint(path)
             hparams = json.dumps(content["model_hparams"], sort_keys=True)
-            weights = checkpoints.hash_state(content["model_dict"])
-            outcome[name] = f"step {content['step']}, weights {weights[:16]}, hparams {hash_text(hparams)}"
+            state = weights.hash_state(content["model_dict"])
+            outcome[name] = f"step {content['step']}, weights {state[:16]}, hparams {hash_text(hparams)}"
     return outcome
 
 
@@ -130,24 +139,26 @@ def copy_with_pickle(source: Path, target: Path, content: bytes) -> None:
 def tiny(tmp_path: Path) -> Iterator[Tiny]:
     """Trains tiny networks below the test's own folder, and leaves host and random states as they were."""
     from daft_domainbed import plugin
-    from daft_domainbed.randomness import preserve_states
+    from daft_domainbed.host import contract
+    from daft_domainbed.runtime.randomness import preserve_states
 
     with preserve_states():
         yield Tiny(tmp_path)
-    plugin.unregister(plugin.find_host())
+    plugin.unregister(contract.find_host())
 
 
 @pytest.fixture(scope="session")
 def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """An ERM and an AFT checkpoint on Debug28, environment 0 held out; not to be written to."""
     from daft_domainbed import plugin
-    from daft_domainbed.randomness import preserve_states
+    from daft_domainbed.host import contract
+    from daft_domainbed.runtime.randomness import preserve_states
 
     made = Tiny(tmp_path_factory.mktemp("teachers"))
     with preserve_states():
         paths = {"ERM": made.make_teacher("ERM")}
         paths["AFT"] = made.train("AFT", {"teacher": str(paths["ERM"])}, algorithm="AFT") / "model.pkl"
-    plugin.unregister(plugin.find_host())
+    plugin.unregister(contract.find_host())
     return paths
 
 
@@ -192,23 +203,22 @@ def image_folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def gather_facts(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Returns the facts that a run with these flags gives to its algorithm, of which nothing is trained."""
-    from daft_domainbed import provenance
-    from daft_domainbed.algorithms import daft
+    from daft_domainbed.training import engine
 
     class Gathered(Exception):
         pass
 
     def gather(**flags: Any) -> Any:
-        facts = []
+        gathered: list[Any] = []
 
-        def stop(*args: object) -> None:
-            facts.append(provenance.get_run_facts())
+        def stop(facts: Any, make: object) -> None:
+            gathered.append(facts)
             raise Gathered
 
         with monkeypatch.context() as patch, pytest.raises(Gathered):
-            patch.setattr(daft, "load_teacher", stop)
+            patch.setattr(engine, "find_teachers", stop)
             tiny.train(**{"algorithm": "KD", **flags})
-        return facts[0]
+        return gathered[0]
 
     return gather
 
@@ -243,7 +253,9 @@ def start_script(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
     """Runs a script in a process of its own, forked from a server that has imported torch: a start takes no time."""
     context = multiprocessing.get_context("forkserver")
     # All that a run imports: a start takes no time then.
-    context.set_forkserver_preload([f"daft_domainbed.{name}" for name in ("engine", "algorithms", "embedded.datasets")])
+    context.set_forkserver_preload(
+        [f"daft_domainbed.{name}" for name in ("training.engine", "algorithms.daft", "embedded.datasets")]
+    )
     folder = tmp_path_factory.mktemp("scripts")
     started: list[BaseProcess] = []
 

@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from daft_domainbed import __version__, cli
+from daft_domainbed import cli
+from daft_domainbed._version import __version__
 from daft_domainbed.cli import ArgumentParser, fraction, non_negative_int, positive_int
 from daft_domainbed.errors import RunError, UsageError
 

@@ -9,7 +9,8 @@ from urllib.parse import unquote
 
 import pytest
 
-from daft_domainbed import __version__, cli
+from daft_domainbed import cli
+from daft_domainbed._version import __version__
 
 ROOT = Path(__file__).parents[1]
 DOCS = [path for pattern in ("*.md", "docs/**/*.md", "sweeps/**/*.md") for path in sorted(ROOT.glob(pattern))]

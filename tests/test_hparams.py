@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,9 @@ from hypothesis import strategies as st
 
 from daft_domainbed import hparams, plugin
 from daft_domainbed.errors import UsageError
+from daft_domainbed.host import contract
+from daft_domainbed.plugin.defaults import get_default_hparams, get_random_hparams, list_hparams, list_owners
+from tests.conftest import get_defaults
 
 OURS = ("ERM", "KD", "DAFT", "AFT", "SMA")
 NETWORK = {"backbone", "weights", "backbone_frozen", "backbone_input_size", "pixels"}
@@ -38,6 +42,7 @@ DEFAULTS = {
     "aft_weight": 1.0, "aft_target_mix": 0.5, "aft_target_temperature": 1.0, "aft_steps": "auto", "input_size": 224,
     "sma_start": 100,
 }  # fmt: skip
+ALL = {name: hparam for algorithm in OURS for name, hparam in list_hparams(algorithm).items()}
 SETS = {  # the student's backbone, the ERM teacher's, what a pixel is
     "EmojiStyles": ("resnet8_w8", "resnet8_w32", "unit"),
     "EmojiStylesUnseen": ("resnet8_w8", "resnet8_w32", "unit"),
@@ -55,16 +60,18 @@ SETS = {  # the student's backbone, the ERM teacher's, what a pixel is
 
 
 @pytest.fixture
-def host() -> Iterator[plugin.Host]:
-    host = plugin.find_host()
+def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[contract.Host]:
+    """The embedded host, for which any folder is a data set."""
+    monkeypatch.setattr("daft_domainbed.embedded.datasets.list_domains", lambda path: ["a", "b", "c"])
+    host = contract.find_host()
     plugin.register(host)
     yield host
     plugin.unregister(host)
 
 
-def get_ours(host: plugin.Host, algorithm: str, dataset: str, **user: Any) -> dict[str, Any]:
-    found = plugin.get_default_hparams(host, algorithm, dataset, user)
-    return {name: value for name, value in found.items() if name in hparams.TABLE}
+def get_ours(host: contract.Host, algorithm: str, dataset: str, **user: Any) -> dict[str, Any]:
+    found = get_defaults(host, algorithm, dataset, user)
+    return {name: value for name, value in found.items() if name in ALL}
 
 
 # --- defaults ----------------------------------------------------------------------------------------------------
@@ -72,7 +79,7 @@ def get_ours(host: plugin.Host, algorithm: str, dataset: str, **user: Any) -> di
 
 @pytest.mark.parametrize("dataset", SETS)
 @pytest.mark.parametrize("algorithm", OURS)
-def test_defaults_are_the_specified_ones(host: plugin.Host, algorithm: str, dataset: str) -> None:
+def test_defaults_are_the_specified_ones(host: contract.Host, algorithm: str, dataset: str) -> None:
     special = dict(zip(("backbone", "teacher_backbone", "pixels"), SETS[dataset], strict=True))
     expected = {name: special.get(name, DEFAULTS.get(name)) for name in NAMES[algorithm]}
     found = get_ours(host, algorithm, dataset)
@@ -92,7 +99,7 @@ def test_defaults_are_the_specified_ones(host: plugin.Host, algorithm: str, data
         (16, "resnet8_w8", "resnet8_w32"),
     ],
 )
-def test_defaults_of_a_folder_follow_its_input_size(host: plugin.Host, side: int, student: str, teacher: str) -> None:
+def test_defaults_of_a_folder_follow_its_input_size(host: contract.Host, side: int, student: str, teacher: str) -> None:
     user = {} if side == 224 else {"input_size": side}
     found = get_ours(host, "KD", "folder:somewhere", **user)
     assert (found["backbone"], found["teacher_backbone"], found["input_size"]) == (student, teacher, 224)
@@ -100,40 +107,38 @@ def test_defaults_of_a_folder_follow_its_input_size(host: plugin.Host, side: int
     assert found.keys() == NAMES["KD"] | {"input_size"}
 
 
-def test_any_algorithm_of_the_host_gets_the_networks_hyperparameters() -> None:
+def test_any_algorithm_of_the_host_gets_the_networks_hyperparameters(host: contract.Host) -> None:
     for algorithm in ("IRM", "CORAL"):
-        pairs = hparams.build_hparams(
-            algorithm, "PACS", (3, 224, 224), "imagenet", lambda name: np.random.RandomState(0)
-        )
         expected = {name: {**DEFAULTS, "pixels": "imagenet"}[name] for name in NETWORK}
-        assert pairs == {name: (value, value) for name, value in expected.items()}
+        assert get_ours(host, algorithm, "PACS") == expected
 
 
-def test_unknown_shapes_get_the_large_networks() -> None:
-    pairs = hparams.build_hparams("KD", "WILDSCamelyon", None, "imagenet", lambda name: np.random.RandomState(0))
-    assert pairs["teacher_backbone"][0] == "resnet50"
+def test_unknown_shapes_get_the_large_networks(host: contract.Host) -> None:
+    facts = replace(contract.describe_dataset(host, "PACS", {}), name="WILDSCamelyon", input_shape=None)
+    assert get_default_hparams(host, "KD", facts)["teacher_backbone"] == "resnet50"
 
 
 @pytest.mark.parametrize("algorithm", OURS)
-def test_the_hosts_own_draws_stay_as_they_were(host: plugin.Host, algorithm: str) -> None:
+def test_the_hosts_own_draws_stay_as_they_were(host: contract.Host, algorithm: str) -> None:
     draws = [host.hparams_registry.random_hparams(algorithm, "ColoredMNIST", seed) for seed in range(5)]
     plugin.unregister(host)
     for seed, draw in enumerate(draws):
         own = host.hparams_registry.random_hparams(algorithm, "ColoredMNIST", seed)
         assert own == {name: draw[name] for name in own}
-        assert not own.keys() & hparams.TABLE.keys()
+        assert not own.keys() & ALL.keys()
 
 
 # --- random draws ------------------------------------------------------------------------------------------------
 
 
-def draw_many(host: plugin.Host, algorithm: str, dataset: str, n: int = 200) -> list[dict[str, Any]]:
-    return [plugin.get_random_hparams(host, algorithm, dataset, {}, seed) for seed in range(n)]
+def draw_many(host: contract.Host, algorithm: str, dataset: str, n: int = 200) -> list[dict[str, Any]]:
+    facts = contract.describe_dataset(host, dataset, {})
+    return [get_random_hparams(host, algorithm, facts, seed) for seed in range(n)]
 
 
-def test_random_draws_have_the_specified_ranges(host: plugin.Host) -> None:
+def test_random_draws_have_the_specified_ranges(host: contract.Host) -> None:
     draws = draw_many(host, "DAFT", "EmojiStyles")
-    defaults = plugin.get_default_hparams(host, "DAFT", "EmojiStyles", {})
+    defaults = get_defaults(host, "DAFT", "EmojiStyles", {})
     weights = np.array([draw["kd_weight"] for draw in draws])
     assert weights.min() >= 0.5
     assert weights.max() <= 1.0
@@ -158,21 +163,19 @@ def test_random_draws_have_the_specified_ranges(host: plugin.Host) -> None:
 
 @pytest.mark.parametrize("dataset", ["EmojiStyles", "ColoredDigits", "ColoredMNIST", "PACS"])
 @pytest.mark.parametrize("algorithm", OURS)
-def test_random_draws_are_legal_and_of_plain_types(host: plugin.Host, algorithm: str, dataset: str) -> None:
-    defaults = plugin.get_default_hparams(host, algorithm, dataset, {})
+def test_random_draws_are_legal_and_of_plain_types(host: contract.Host, algorithm: str, dataset: str) -> None:
+    defaults = get_defaults(host, algorithm, dataset, {})
     for draw in draw_many(host, algorithm, dataset, 20):
         assert draw.keys() == defaults.keys()
         assert {type(value) for value in draw.values()} <= {bool, int, float, str}
         assert hparams.parse_json(json.dumps(draw)) == draw
-        hparams.check_values(draw, defaults)
+        hparams.check_values(draw, defaults, ALL)
 
 
 def test_our_own_draws_are_plain_before_anyone_converts_them() -> None:
     for seed in range(20):
-        pairs = hparams.build_hparams(
-            "DAFT", "PACS", (3, 224, 224), "imagenet", lambda name, seed=seed: np.random.RandomState(seed)
-        )
-        assert {type(value) for pair in pairs.values() for value in pair} <= {bool, int, float, str}
+        draws = [hparam.draw(np.random.RandomState(seed)) for hparam in ALL.values() if hparam.draw]
+        assert {type(value) for value in draws} <= {bool, int, float, str}
 
 
 # --- radii -------------------------------------------------------------------------------------------------------
@@ -204,6 +207,7 @@ BAD_VALUES: dict[str, list[Any]] = {
     "teacher_weights": [None],
     "teacher_frozen": [1, "false"],
     "teacher_input_size": [1, True, "224"],
+    "teacher_lr": [0, -1.0, "fast"],
     "teacher_steps": [0, -5, 2.5, True, "Auto", None],
     "kd_weight": [-0.1, 1.01, "0.5", True, None, float("nan"), float("inf")],
     "kd_temperature": [0, -1, "4", False, float("nan"), float("inf")],
@@ -232,16 +236,16 @@ BAD_VALUES: dict[str, list[Any]] = {
 
 
 def test_every_hyperparameter_of_ours_is_here() -> None:
-    assert hparams.TABLE.keys() <= BAD_VALUES.keys()
-    assert hparams.TABLE.keys() == GOOD_VALUES.keys()
+    assert ALL.keys() <= BAD_VALUES.keys()
+    assert ALL.keys() == GOOD_VALUES.keys()
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD_VALUES.items() for value in values])
-def test_bad_values_are_refused_by_name(host: plugin.Host, name: str, value: Any) -> None:
+def test_bad_values_are_refused_by_name(host: contract.Host, name: str, value: Any) -> None:
     dataset = "folder:somewhere" if name == "input_size" else "ColoredDigits"
     algorithm = "SMA" if name == "sma_start" else "DAFT"
     with pytest.raises(UsageError) as caught:
-        hparams.check_values({name: value}, plugin.get_default_hparams(host, algorithm, dataset, {}))
+        hparams.check_values({name: value}, dict.fromkeys(ALL) | get_defaults(host, algorithm, dataset, {}), ALL)
     message = str(caught.value)
     assert message.startswith(f"hyperparameter {name} is {json.dumps(value)}: it must be ")
     assert "\n" not in message
@@ -259,14 +263,14 @@ def test_bad_values_are_refused_by_name(host: plugin.Host, name: str, value: Any
         ("batch_size", 0, "an integer of at least 1"),
     ],
 )
-def test_a_refusal_says_what_the_value_should_be(host: plugin.Host, name: str, value: Any, hint: str) -> None:
+def test_a_refusal_says_what_the_value_should_be(host: contract.Host, name: str, value: Any, hint: str) -> None:
     with pytest.raises(UsageError) as caught:
-        hparams.check_values({name: value}, plugin.get_default_hparams(host, "DAFT", "ColoredDigits", {}))
+        hparams.check_values({name: value}, get_defaults(host, "DAFT", "ColoredDigits", {}), ALL)
     assert str(caught.value).endswith(f"it must be {hint}")
 
 
-def test_values_of_other_algorithms_are_left_to_them(host: plugin.Host) -> None:
-    hparams.check_values({"aft_eps": "nonsense"}, plugin.get_default_hparams(host, "ERM", "ColoredDigits", {}))
+def test_values_of_other_algorithms_are_left_to_them(host: contract.Host) -> None:
+    hparams.check_values({"aft_eps": "nonsense"}, get_defaults(host, "ERM", "ColoredDigits", {}), ALL)
 
 
 def _radii() -> st.SearchStrategy[Any]:
@@ -287,7 +291,7 @@ GOOD_VALUES: dict[str, st.SearchStrategy[Any]] = {
     "backbone_input_size": _auto_or(st.integers(8, 1024)), "teacher_input_size": _auto_or(st.integers(8, 1024)),
     "pixels": st.sampled_from(["imagenet", "unit", "none"]),
     "teacher": _texts, "teacher_backbone": _texts, "teacher_weights": _texts, "teacher_frozen": st.booleans(),
-    "teacher_steps": _steps, "kd_weight": _unit, "kd_temperature": _positive,
+    "teacher_steps": _steps, "teacher_lr": _auto_or(_positive), "kd_weight": _unit, "kd_temperature": _positive,
     "aft_scope": st.sampled_from(["head", "all"]), "aft_attack": st.sampled_from(["pixels", "features"]),
     "aft_norm": st.sampled_from(["auto", "linf", "l2"]), "aft_eps": _radii(),
     "aft_attack_steps": _auto_or(st.integers(0, 100)), "aft_weight": _unit, "aft_target_mix": _unit,
@@ -302,7 +306,7 @@ def test_good_values_survive_json_and_are_accepted(values: dict[str, Any]) -> No
     parsed = hparams.parse_json(json.dumps(values))
     assert parsed == values
     assert {name: type(value) for name, value in parsed.items()} == {n: type(v) for n, v in values.items()}
-    hparams.check_values(parsed, dict.fromkeys(GOOD_VALUES))
+    hparams.check_values(parsed, dict.fromkeys(GOOD_VALUES), ALL)
     if "aft_eps" in parsed:
         assert 0 <= hparams.parse_eps(parsed["aft_eps"], auto=0.5) < float("inf")
 
@@ -319,18 +323,18 @@ def test_good_values_survive_json_and_are_accepted(values: dict[str, Any]) -> No
         ("batchsize", "batch_size"),
     ],
 )
-def test_an_unknown_name_is_answered_with_the_nearest(host: plugin.Host, name: str, nearest: str) -> None:
-    known = plugin.get_default_hparams(host, "DAFT", "EmojiStyles", {})
+def test_an_unknown_name_is_answered_with_the_nearest(host: contract.Host, name: str, nearest: str) -> None:
+    known = get_defaults(host, "DAFT", "EmojiStyles", {})
     with pytest.raises(UsageError) as caught:
-        hparams.check_names([name], known, ["DAFT", "AFT", "ERM"])
+        hparams.check_names([name], known, ["DAFT", "AFT", "ERM"], list_owners)
     assert str(caught.value) == f"no hyperparameter {name!r} of DAFT, AFT, ERM. Did you mean {nearest!r}?"
 
 
-def test_known_names_pass(host: plugin.Host) -> None:
-    known = plugin.get_default_hparams(host, "DAFT", "EmojiStyles", {})
-    hparams.check_names(known, known, ["DAFT"])
-    with pytest.raises(UsageError, match="no hyperparameter 'aft_eps' of ERM"):
-        hparams.check_names(["aft_eps"], get_ours(host, "ERM", "EmojiStyles"), ["ERM"])
+def test_known_names_pass(host: contract.Host) -> None:
+    known = get_defaults(host, "DAFT", "EmojiStyles", {})
+    hparams.check_names(known, known, ["DAFT"], list_owners)
+    with pytest.raises(UsageError, match="no hyperparameter 'aft_eps' of ERM. It belongs to AFT and DAFT"):
+        hparams.check_names(["aft_eps"], get_ours(host, "ERM", "EmojiStyles"), ["ERM"], list_owners)
 
 
 @pytest.mark.parametrize("text", ["{", "{'lr': 1}", '{"lr": }', "lr=1", '{"lr": 1} x', "[" * 100_000])

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from html import escape
 from math import ceil, floor
 from typing import NamedTuple
+
+from daft_domainbed.results.svg import Svg, write_element
 
 WIDTH, HEIGHT = 560, 300
 LEFT, RIGHT, TOP, BOTTOM = 56, 420, 16, 252  # of the plotting area; names stand to its right
 COLORS = ("#1f6feb", "#d1242f", "#2da44e", "#8250df", "#9a6700")  # legible on white and on black
+
+Scale = Callable[[float], str]  # where a value stands
 
 
 class Point(NamedTuple):
@@ -22,7 +25,7 @@ class Point(NamedTuple):
 
 
 class Series(NamedTuple):
-    """Points of one kind; `is_line` joins them."""
+    """Points of one kind, which `is_line` joins."""
 
     name: str
     points: Sequence[Point]
@@ -30,7 +33,7 @@ class Series(NamedTuple):
 
 
 class Axis(NamedTuple):
-    """A label, and the places of its ticks: in the points' unit, with what stands beside them."""
+    """A label, and its ticks: their places in the points' unit, with what stands beside them."""
 
     label: str
     ticks: Sequence[tuple[float, str]]
@@ -48,39 +51,48 @@ def make_axis(label: str, values: Sequence[float], step: float) -> Axis:
 
 
 def draw_chart(title: str, x: Axis, y: Axis, series: Sequence[Series]) -> str:
-    """Return a chart as SVG text, without any script or style of elsewhere."""
+    """Return a chart as the text of an SVG file, without any script or style of elsewhere."""
     put_x, put_y = _scale(x, LEFT, RIGHT), _scale(y, BOTTOM, TOP)
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        'font-family="sans-serif" font-size="12" fill="#6e7781">',
-        f"<title>{escape(title)}</title>",
-    ]
-    for value, text in y.ticks:
-        weight = 1.5 if value == 0 else 0.5
-        parts.append(f'<path d="M{LEFT} {put_y(value)}H{RIGHT}" stroke="#8c959f" stroke-width="{weight}"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{put_y(value)}" dy="4" text-anchor="end">{escape(text)}</text>')
-    for value, text in x.ticks:
-        parts.append(f'<text x="{put_x(value)}" y="{BOTTOM + 18}" text-anchor="middle">{escape(text)}</text>')
-    middle = f"{(LEFT + RIGHT) / 2:.1f}", f"{(TOP + BOTTOM) / 2:.1f}"
-    parts.append(f'<text x="{middle[0]}" y="{BOTTOM + 38}" text-anchor="middle">{escape(x.label)}</text>')
-    parts.append(
-        f'<text transform="translate(14 {middle[1]}) rotate(-90)" text-anchor="middle">{escape(y.label)}</text>'
-    )
+    parts = [write_element("title", title), *_draw_axes(x, y, put_x, put_y)]
     for i, line in enumerate(series):
         color = COLORS[i % len(COLORS)]
-        places = [(put_x(point.x), put_y(point.y)) for point in line.points]
-        if line.is_line and len(places) > 1:
-            path = "L".join(f"{left} {top}" for left, top in places)
-            parts.append(f'<path d="M{path}" fill="none" stroke="{color}" stroke-width="1.5"/>')
-        for point, (left, top) in zip(line.points, places, strict=True):
-            if point.low is not None and point.high is not None:
-                span = f"M{left} {put_y(point.low)}V{put_y(point.high)}"
-                parts.append(f'<path d="{span}" stroke="{color}" stroke-width="1.5"/>')
-            parts.append(f'<circle cx="{left}" cy="{top}" r="4" fill="{color}"/>')
-        parts.append(f'<text x="{RIGHT + 14}" y="{TOP + 8 + 20 * i}" fill="{color}">{escape(line.name)}</text>')
-    return "\n".join([*parts, "</svg>", ""])
+        parts += _draw_series(line, color, put_x, put_y)
+        parts.append(write_element("text", line.name, x=RIGHT + 14, y=TOP + 8 + 20 * i, fill=color))
+    lines = Svg("\n").join(["", *parts, ""])
+    font = {"font_family": "sans-serif", "font_size": 12, "fill": "#6e7781"}
+    xmlns = "http://www.w3.org/2000/svg"
+    return write_element("svg", Svg(lines), xmlns=xmlns, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", **font) + "\n"
 
 
-def _scale(axis: Axis, start: float, end: float) -> Callable[[float], str]:
+def _draw_axes(x: Axis, y: Axis, put_x: Scale, put_y: Scale) -> list[Svg]:
+    parts = []
+    for value, text in y.ticks:
+        weight = 1.5 if value == 0 else 0.5
+        d = f"M{LEFT} {put_y(value)}H{RIGHT}"
+        parts.append(write_element("path", d=d, stroke="#8c959f", stroke_width=weight))
+        parts.append(write_element("text", text, x=LEFT - 8, y=put_y(value), dy=4, text_anchor="end"))
+    for value, text in x.ticks:
+        parts.append(write_element("text", text, x=put_x(value), y=BOTTOM + 18, text_anchor="middle"))
+    middle_x, middle_y = (LEFT + RIGHT) / 2, (TOP + BOTTOM) / 2
+    parts.append(write_element("text", x.label, x=middle_x, y=BOTTOM + 38, text_anchor="middle"))
+    turned = f"translate(14 {middle_y:.1f}) rotate(-90)"
+    return [*parts, write_element("text", y.label, transform=turned, text_anchor="middle")]
+
+
+def _draw_series(line: Series, color: str, put_x: Scale, put_y: Scale) -> list[Svg]:
+    parts = []
+    places = [(put_x(point.x), put_y(point.y)) for point in line.points]
+    if line.is_line and len(places) > 1:
+        path = "L".join(f"{left} {top}" for left, top in places)
+        parts.append(write_element("path", d=f"M{path}", fill="none", stroke=color, stroke_width=1.5))
+    for point, (left, top) in zip(line.points, places, strict=True):
+        if point.low is not None and point.high is not None:
+            span = f"M{left} {put_y(point.low)}V{put_y(point.high)}"
+            parts.append(write_element("path", d=span, stroke=color, stroke_width=1.5))
+        parts.append(write_element("circle", cx=left, cy=top, r=4, fill=color))
+    return parts
+
+
+def _scale(axis: Axis, start: float, end: float) -> Scale:
     low, high = axis.ticks[0][0], axis.ticks[-1][0]
     return lambda value: f"{start + (end - start) * (value - low) / (high - low):.1f}"

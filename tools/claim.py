@@ -23,17 +23,12 @@ import jinja2
 import numpy as np
 
 from daft_domainbed.errors import RunError
-from daft_domainbed.results.comparison import (
-    FEWEST_TRIALS,
-    Comparison,
-    collect_trials,
-    compare_trials,
-    correct_family,
-)
-from daft_domainbed.results.records import Sweep, read_sweep
+from daft_domainbed.results.comparison import FEWEST_TRIALS, Comparison, collect_trials, compare_trials, correct_family
 from daft_domainbed.results.selection import choose
 from daft_domainbed.results.statistics import adjust_holm, bootstrap_mean, flip_signs, mean, standard_error
+from daft_domainbed.results.sweeps import Sweep, read_sweep
 from daft_domainbed.results.tables import Table, build_results
+from daft_domainbed.runtime.layout import DONE_FILE, RECORDS_FILE, TEACHERS_FOLDER, read_last_record
 from tools.charts import Axis, Point, Series, draw_chart, make_axis
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -111,8 +106,7 @@ class Study:
         lines = measures.read_text().splitlines() if measures.is_file() else []
         self.measures: list[dict[str, Any]] = [json.loads(line) for line in lines]
         # The last records of all teachers, which may differ in nothing but a hyperparameter.
-        files = sorted((root / "teachers").glob("*/results.jsonl"))
-        self.teachers: list[dict[str, Any]] = [json.loads(file.read_text().splitlines()[-1]) for file in files]
+        self.teachers = [read_last_record(folder) for folder in sorted((root / TEACHERS_FOLDER).glob("*"))]
 
     def compare(self, first: str, second: str, collect: Collect = Lot.get_trials) -> Comparison:
         """Compare two sweeps by the trials that both have; see `compare_all`."""
@@ -168,7 +162,7 @@ class Slope(NamedTuple):
 def read_lot(path: Path) -> Lot:
     """Read a sweep's records."""
     sweep = read_sweep(path)
-    n_files = len([*path.glob("*/results.jsonl")])
+    n_files = len([*path.glob(f"*/{RECORDS_FILE}")])
     if n_files != len(sweep.runs):
         raise RunError(f"{path.name}: {n_files} runs, of which {len(sweep.runs)} are sound and unlike each other")
     table = next(table for table in build_results(sweep).tables if table.selection == SELECTION)
@@ -366,8 +360,8 @@ def draw_radii(study: Study, lots: Mapping[float, str]) -> str:
 
 def pack(runs: Path, archive: Path) -> int:
     """Pack records, and what was measured, into an archive whose bytes depend on nothing else; return how many."""
-    records = [*runs.glob("*/**/results.jsonl")]
-    unfinished = [file.parent for file in records if not (file.parent / "done").is_file()]
+    records = [*runs.glob(f"*/**/{RECORDS_FILE}")]
+    unfinished = [file.parent for file in records if not (file.parent / DONE_FILE).is_file()]
     if unfinished:
         raise RunError(
             f"{unfinished[0]} is not done, and {len(unfinished) - 1} more are not: go on with its sweep first"

@@ -21,12 +21,15 @@ from torch import Tensor
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from daft_domainbed import plugin
-from daft_domainbed.attacks import INPUT_SPECS, run_pgd
-from daft_domainbed.backbones import share_features
-from daft_domainbed.checkpoints import load_checkpoint
-from daft_domainbed.provenance import Request
-from daft_domainbed.splits import build_data
-from daft_domainbed.teacher import build_model, freeze_all
+from daft_domainbed.arguments import TrainArgs
+from daft_domainbed.data.splits import build_data
+from daft_domainbed.functional.attacks import run_pgd
+from daft_domainbed.functional.input_spec import INPUT_SPECS
+from daft_domainbed.host import contract
+from daft_domainbed.host.checkpoints import build_model, load_checkpoint
+from daft_domainbed.models.frozen import share_features
+from daft_domainbed.runtime.layout import BEST_CHECKPOINT_FILE, CHECKPOINT_FILE, DONE_FILE, read_first_record
+from daft_domainbed.teachers.teacher import freeze_all
 from tools.claim import MEASURES
 
 RADII = {"robust_small": 1 / 255, "robust_large": 2 / 255}
@@ -83,7 +86,7 @@ def measure(model: Any, held_out: tuple[Tensor, Tensor], trained: tuple[Tensor, 
     return values, logits
 
 
-def measure_run(host: plugin.Host, folder: Path, features: Path, *, is_attacked: bool) -> dict[str, Any]:
+def measure_run(host: contract.Host, folder: Path, features: Path, *, is_attacked: bool) -> dict[str, Any]:
     """Measure a student's chosen checkpoint and its teacher, in float32.
 
     Args:
@@ -92,33 +95,22 @@ def measure_run(host: plugin.Host, folder: Path, features: Path, *, is_attacked:
         features: The folder of frozen backbones' features.
         is_attacked: Whether to measure robustness too.
     """
-    first = json.loads((folder / "results.jsonl").read_text().splitlines()[0])
+    first = read_first_record(folder)
     args, hparams = first["args"], first["hparams"]
-    request = Request(
-        dataset=args["dataset"],
-        algorithm=args["algorithm"],
-        test_envs=tuple(args["test_envs"]),
-        trial_seed=args["trial_seed"],
-        seed=args["seed"],
-        holdout_fraction=args["holdout_fraction"],
-        task=args["task"],
-        uda_holdout_fraction=args["uda_holdout_fraction"],
-        steps=args["steps"] or 0,
-    )
-    data = build_data(
-        host, request, hparams | {"data_augmentation": False}, plugin.get_dataset_class(host, args["dataset"])
-    )
+    run = TrainArgs(**{name: args[name] for name in TrainArgs.__dataclass_fields__ if name in args})
+    kind = contract.get_dataset_class(host, run.dataset)
+    data = build_data(host, run, hparams | {"data_augmentation": False}, kind)
     held_out = read_split(data.in_splits[args["test_envs"][0]])
     splits = [read_split(split) for i, split in enumerate(data.out_splits) if i not in args["test_envs"]]
     trained = torch.cat([x for x, _ in splits]), torch.cat([y for _, y in splits])
 
-    path = folder / "model_best.pkl"
+    path = folder / BEST_CHECKPOINT_FILE
     student = build_model(load_checkpoint(path), path, host)
     freeze_all(student)
     line = {"trial": args["trial_seed"], "env": args["test_envs"][0]}
     line["student"], logits = measure(student, held_out, trained, is_attacked=is_attacked)
     if "teacher" in first:
-        path = folder / first["teacher"]["path"] / "model.pkl"
+        path = folder / first["teacher"]["path"] / CHECKPOINT_FILE
         teacher = build_model(load_checkpoint(path), path, host)
         freeze_all(teacher)
         share_features(teacher, features, print)
@@ -136,15 +128,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--trials", type=int, default=8)
     parser.add_argument("--attacked_trials", type=int, default=2)
     args = parser.parse_args(argv)
-    host = plugin.find_host()
+    host = contract.find_host()
     plugin.register(host)
     measures = args.runs / MEASURES
     lines = [json.loads(line) for line in measures.read_text().splitlines()] if measures.is_file() else []
     measured = {(line["sweep"], line["trial"], line["env"]) for line in lines}
     with measures.open("a") as file:
         for sweep in args.sweeps:
-            for done in sorted((args.runs / "report" / sweep).glob("*/done")):
-                run = json.loads((done.parent / "results.jsonl").read_text().splitlines()[0])["args"]
+            for done in sorted((args.runs / "report" / sweep).glob(f"*/{DONE_FILE}")):
+                run = read_first_record(done.parent)["args"]
                 trial = run["trial_seed"]
                 if trial < args.trials and (sweep, trial, run["test_envs"][0]) not in measured:
                     is_attacked = trial < args.attacked_trials

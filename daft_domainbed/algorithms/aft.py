@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from daft_domainbed.attacks import run_pgd
-from daft_domainbed.backbones import freeze
 from daft_domainbed.errors import UsageError
-from daft_domainbed.losses import mix_targets, soft_cross_entropy, worst_case_linear_loss
-from daft_domainbed.teacher import load_teacher, resolve_aft
+from daft_domainbed.functional.attacks import run_pgd
+from daft_domainbed.functional.losses import mix_targets, soft_cross_entropy, worst_case_linear_loss
+from daft_domainbed.hparams import Hparam, is_eps, number, one_of, or_auto, parse_eps, pick
+from daft_domainbed.models.backbones import freeze_backbone
+from daft_domainbed.models.feature_memory import FeatureMemory
+from daft_domainbed.models.frozen import remember
+from daft_domainbed.teachers.facts import take_teacher
 
 if TYPE_CHECKING:
-    from daft_domainbed.algorithms.host import ERM
+    from daft_domainbed.algorithms.base import ERM
 else:
     ERM = object  # `plugin.register` puts the host's ERM behind the mixin
-
-
-# What fine-tuning chooses for itself; everything else of an ERM is its architecture, which is the teacher's.
-_OWN_HPARAMS = ("lr", "weight_decay", "batch_size", "class_balanced", "data_augmentation", "backbone_frozen")
-_OWN_PREFIXES = ("aft_", "teacher", "kd_")  # which a teacher that was itself distilled has too
 
 
 class AFT(ERM):
@@ -42,15 +40,68 @@ class AFT(ERM):
         With `aft_eps` 0 this is plain fine-tuning of the head on q, the control that isolates the adversary.
     """
 
-    def __init__(self, input_shape: Sequence[int], num_classes: int, num_domains: int, hparams: dict[str, Any]) -> None:
-        resolved = resolve_aft(hparams)  # refuses what cannot be before a teacher is trained for it
-        teacher = load_teacher("AFT", hparams)
-        # The architecture is the teacher's; every weight comes from it, so none has to be downloaded.
-        architecture = {
-            name: value
-            for name, value in teacher.hparams.items()
-            if name not in _OWN_HPARAMS and not name.startswith(_OWN_PREFIXES)
+    SOURCE = "Nasery, Addepalli, Netrapalli and Jain, 2022, arXiv 2208.09139"
+    HPARAMS: ClassVar[dict[str, Hparam]] = {
+        "aft_scope": Hparam("head", one_of("head", "all"), "what fine-tuning trains: `head` or `all`"),
+        "aft_attack": Hparam(
+            "pixels",
+            one_of("pixels", "features"),
+            "where the perturbation lives: `pixels` (through the backbone) or `features`",
+        ),
+        "aft_norm": Hparam(
+            "auto",
+            one_of("auto", "linf", "l2"),
+            "of the perturbation; in pixels `linf` (`auto`) or `l2`, in features `l2`",
+        ),
+        "aft_eps": Hparam(
+            "auto",
+            is_eps,
+            "pixels: radius in units of [0, 1] pixels whatever the normalisation, auto 4/255 (`l2`: 0.5); features: "
+            "share of the batch's mean feature norm, auto 0.025. A number, a fraction such as `4/255`, or `auto*1/2`",
+            pick(0.0, "auto*1/4", "auto*1/2", "auto", "auto*2"),
+        ),
+        "aft_attack_steps": Hparam(
+            "auto",
+            or_auto(number(0, integer=True)),
+            "pixels: 3 PGD steps of 1.5 eps / steps from a random start; features: 0, the closed-form bound",
+        ),
+        "aft_weight": Hparam(1.0, number(0, 1), "weight of the adversarial loss against the clean one", pick(0.5, 1.0)),
+        "aft_target_mix": Hparam(
+            0.5,
+            number(0, 1),
+            "share of the ERM teacher's own belief in the target; 0 is standard adversarial training",
+            pick(0.0, 0.5, 1.0),
+        ),
+        "aft_target_temperature": Hparam(1.0, number(0, open_low=True), "softens that belief"),
+    }
+
+    @classmethod
+    def resolve(cls, hparams: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the value of each "auto".
+
+        Raises:
+            UsageError: The norm does not go with the attack.
+        """
+        norm, steps = hparams["aft_norm"], hparams["aft_attack_steps"]
+        if hparams["aft_attack"] == "features":
+            if norm == "linf":
+                raise UsageError('hyperparameter aft_norm is "linf": an attack on features is measured in "l2"')
+            norm, auto, auto_steps = "l2", 0.025, 0
+        else:
+            norm = "linf" if norm == "auto" else norm
+            auto, auto_steps = (4 / 255 if norm == "linf" else 0.5), 3
+            if steps == 0:
+                raise UsageError("hyperparameter aft_attack_steps is 0: an attack on pixels takes at least 1 step")
+        return {
+            "aft_norm": norm,
+            "aft_eps": parse_eps(hparams["aft_eps"], auto),
+            "aft_attack_steps": auto_steps if steps == "auto" else steps,
         }
+
+    def __init__(self, input_shape: Sequence[int], num_classes: int, num_domains: int, hparams: dict[str, Any]) -> None:
+        teacher = take_teacher()
+        # The architecture is the teacher's; every weight comes from it, so none has to be downloaded.
+        architecture = teacher.get_architecture()
         super().__init__(input_shape, num_classes, num_domains, {**hparams, **architecture, "weights": "none"})
         try:
             self.network.load_state_dict(teacher.model.network.state_dict())
@@ -58,7 +109,7 @@ class AFT(ERM):
             raise UsageError(
                 f"{teacher.path} has no featurizer and head as ERM has: fine-tune an ERM checkpoint"
             ) from error
-        hparams.update(architecture | resolved)
+        hparams.update(architecture | self.resolve(hparams))
         self.hparams = hparams
         self.teacher = teacher
 
@@ -70,8 +121,9 @@ class AFT(ERM):
                 'classifier is nonlinear: give "aft_attack_steps": 10'
             )
         if self.scope == "head":
-            # An image that is augmented or attacked never comes again.
-            freeze(self.featurizer, remembers=self.attack == "features" and not hparams["data_augmentation"])
+            freeze_backbone(self.featurizer)
+            if self.attack == "features" and not hparams["data_augmentation"]:
+                remember(self.featurizer, FeatureMemory())  # images that are augmented or attacked never come again
             self.optimizer = type(self.optimizer)(
                 self.classifier.parameters(), lr=hparams["lr"], weight_decay=hparams["weight_decay"]
             )

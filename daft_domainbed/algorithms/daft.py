@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from daft_domainbed.losses import kd_loss
-from daft_domainbed.teacher import load_teacher
+from daft_domainbed.functional.losses import kd_loss
+from daft_domainbed.hparams import Hparam, number, or_auto, pick, uniform
+from daft_domainbed.teachers.facts import take_teacher
 
 if TYPE_CHECKING:
-    from daft_domainbed.algorithms.host import ERM
+    from daft_domainbed.algorithms.base import ERM
 else:
     ERM = object  # `plugin.register` puts the host's ERM behind the mixin
 
@@ -26,11 +27,21 @@ class KD(ERM):
     is none of its modules: state dict, optimizer and train() know only the student.
     """
 
+    SOURCE = "Hinton, Vinyals and Dean, 2015, arXiv 1503.02531"
+    HPARAMS: ClassVar[dict[str, Hparam]] = {
+        "kd_weight": Hparam(
+            0.9, number(0, 1), "weight a of the teacher: (1 - a) CE + a kd_temperature² KL", uniform(0.5, 1)
+        ),
+        "kd_temperature": Hparam(
+            4.0, number(0, open_low=True), "softens teacher and student", pick(1.0, 2.0, 4.0, 5.0, 10.0)
+        ),
+    }
+
     def __init__(
         self, input_shape: Sequence[int], num_classes: int, num_domains: int, hparams: Mapping[str, Any]
     ) -> None:
         super().__init__(input_shape, num_classes, num_domains, hparams)
-        self.teacher = load_teacher(type(self).__name__, self.hparams)
+        self.teacher = take_teacher()
 
     def update(
         self, minibatches: Sequence[tuple[Tensor, Tensor]], unlabeled: Sequence[Tensor] | None = None
@@ -59,5 +70,14 @@ class DAFT(KD):
     3. Its knowledge is distilled into the student, by KD's update to the letter: DAFT and KD differ in nothing but
        the teacher, so what separates their results is the teacher.
 
-    `load_teacher` accepts nothing but an AFT teacher here, and with `teacher: "auto"` makes stages 1 and 2 first.
+    Its row in `methods.py` accepts nothing but an AFT teacher; with `teacher: "auto"` stages 1 and 2 are made first.
     """
+
+    SOURCE = "Nasery, Addepalli, Netrapalli and Jain, 2022, arXiv 2208.09139"
+    HPARAMS: ClassVar[dict[str, Hparam]] = KD.HPARAMS | {
+        "aft_steps": Hparam(
+            "auto",
+            or_auto(number(1, integer=True)),
+            "updates of the AFT teacher; `auto`: a quarter of the ERM teacher's",
+        ),
+    }

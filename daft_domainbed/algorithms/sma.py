@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_swa_avg_fn
 
+from daft_domainbed.hparams import Hparam, number
+
 if TYPE_CHECKING:
-    from daft_domainbed.algorithms.host import ERM
+    from daft_domainbed.algorithms.base import ERM
 else:
     ERM = object  # `plugin.register` puts the host's ERM behind the mixin
 
@@ -22,6 +24,15 @@ class SMA(ERM):
     on; until then with the latest. Batch norm's statistics are averaged like weights. One more copy of the network,
     no more steps.
     """
+
+    SOURCE = "Arpit, Wang, Zhou and Xiong, 2022, arXiv 2110.10832"
+    HPARAMS: ClassVar[dict[str, Hparam]] = {
+        "sma_start": Hparam(
+            100,
+            number(0, integer=True),
+            "updates before the average of the weights begins: a run of no more steps than that is plain ERM",
+        ),
+    }
 
     def __init__(self, input_shape: Sequence[int], num_classes: int, num_domains: int, hparams: dict[str, Any]) -> None:
         super().__init__(input_shape, num_classes, num_domains, hparams)

@@ -80,7 +80,7 @@ def attack(
 
 
 def draw_batches(domains: list[tuple[Tensor, Tensor]], batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield batches for ever, so many images of each domain."""
+    """Yield batches without end, so many images of each domain."""
     while True:
         picks = [(images, labels, torch.randint(len(labels), (batch_size,))) for images, labels in domains]
         x = torch.cat([to_float(images[pick]) for images, _, pick in picks])
@@ -123,12 +123,12 @@ def run_job(
 
 
 def train_digits(root: str, on_step: OnStep) -> None:
-    """Take steps on the digits for ever."""
+    """Take steps on the digits without end."""
     train(DigitsNetwork(1, CLASSES), draw_batches(read_digits(root)[1:], 64), on_step)
 
 
 def evaluate_digits(root: str, on_step: OnStep) -> None:
-    """Evaluate on all of the digits for ever."""
+    """Evaluate on all of the digits without end."""
     network, domains = DigitsNetwork(1, CLASSES), read_digits(root)
     while True:
         for images, labels in domains:
@@ -149,7 +149,7 @@ def read_digits(root: str) -> list[tuple[Tensor, Tensor]]:
 
 
 def answer(backbone: str, batch: int, on_step: OnStep) -> None:
-    """Have a frozen network answer a batch of EmojiStyles' shape for ever."""
+    """Have a frozen network answer a batch of EmojiStyles' shape without end."""
     network, x = build_network(backbone).eval(), torch.rand(batch, 3, 32, 32)
     with torch.no_grad():
         while True:
@@ -158,7 +158,7 @@ def answer(backbone: str, batch: int, on_step: OnStep) -> None:
 
 
 def fine_tune(backbone: str, batch: int, attack_steps: int, on_step: OnStep) -> None:
-    """Train the head of a frozen network on attacked images for ever: what of it has to be computed, once."""
+    """Train the head of a frozen network on attacked images without end: what of it has to be computed, once."""
     network = build_network(backbone).eval()
     featurizer, head = network[0].requires_grad_(False), network[1]
     assert isinstance(head, nn.Linear)
@@ -180,7 +180,7 @@ def fine_tune(backbone: str, batch: int, attack_steps: int, on_step: OnStep) -> 
 
 def build_network(backbone: str) -> nn.Sequential:
     """Build a network for EmojiStyles; its definition is the one thing that is shared."""
-    from daft_domainbed.backbones import ResNet8
+    from daft_domainbed.models.resnet8 import ResNet8
 
     featurizer = ResNet8(3, int(backbone.rpartition("w")[2]))
     return nn.Sequential(featurizer, nn.Linear(featurizer.n_outputs, 8))

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from daft_domainbed.benchmark import inputs
-from daft_domainbed.benchmark.measure import Bench, Case, Column, Contests, Goal, Play, Player, list_flags
+from daft_domainbed.benchmark.measure import Case, Column, Goal, Rounds, Turn
 from daft_domainbed.benchmark.sizes import RECORDS_PER_FOLDER
+from daft_domainbed.benchmark.workers import Bench, Worker, list_flags
 from daft_domainbed.errors import RunError
+from daft_domainbed.runtime.layout import read_last_record
 
 CASES: dict[str, Case] = {}
 
@@ -22,16 +24,16 @@ STUDENT, TEACHER = "resnet8_w8", "resnet8_w32"
 EMOJI_BATCH = 96  # 32 drawings of each of three styles
 EMOJI_EPOCH = 20  # steps in which a style is seen once
 
-MakeContests = Callable[[Bench], Contests]
+MakeRounds = Callable[[Bench], Rounds]
 
 
-def case(bare: str, *goals: Goal) -> Callable[[MakeContests], MakeContests]:
+def case(bare: str, *goals: Goal) -> Callable[[MakeRounds], MakeRounds]:
     """Make a case of a function: its name, the first line of its docstring, and what it yields."""
 
-    def add(contests: MakeContests) -> MakeContests:
-        about = (contests.__doc__ or "").partition("\n")[0]
-        CASES[contests.__name__] = Case(contests.__name__, about, bare, goals, contests)
-        return contests
+    def add(rounds: MakeRounds) -> MakeRounds:
+        about = (rounds.__doc__ or "").partition("\n")[0]
+        CASES[rounds.__name__] = Case(rounds.__name__, about, bare, goals, rounds)
+        return rounds
 
     return add
 
@@ -42,7 +44,7 @@ def case(bare: str, *goals: Goal) -> Callable[[MakeContests], MakeContests]:
     Goal("memory", "MiB", "bare", 1.1),
     Goal("processes", "", None, 1),
 )
-def small_job(bench: Bench) -> Contests:
+def small_job(bench: Bench) -> Rounds:
     """`train` on Debug28: batch 8, 20 steps, a checkpoint every 10."""
 
     def use(bench_method: Callable[..., Any]) -> dict[Column, Callable[[], Any]]:
@@ -50,17 +52,17 @@ def small_job(bench: Bench) -> Contests:
             flags = list_flags(dataset="Debug28", steps=20, checkpoint_freq=10, hparams={"batch_size": 8})
             return bench_method(module, *flags, "--output_dir", bench.make_folder("small"), **options)
 
-        plays: dict[Column, Callable[[], Any]] = {"ours": lambda: run(TRAIN), "bare": lambda: bench_method(BARE, 1)}
+        turns: dict[Column, Callable[[], Any]] = {"ours": lambda: run(TRAIN), "bare": lambda: bench_method(BARE, 1)}
         if bench.clone:
-            plays["host"] = lambda: run(HOST_TRAIN, with_host=True)
-        return plays
+            turns["host"] = lambda: run(HOST_TRAIN, with_host=True)
+        return turns
 
     yield {column: _name("wall", do) for column, do in use(bench.time).items()}
     yield use(bench.watch)
 
 
 @case("the same jobs in plain torch, one after the other in one process", Goal("wall", "s", "host", 1 / 15))
-def many_jobs(bench: Bench) -> Contests:
+def many_jobs(bench: Bench) -> Rounds:
     """24 such jobs through `sweep launch --command_launcher local`."""
 
     def launch(script: str, n_jobs: int, **options: Any) -> tuple[float, Path]:
@@ -81,13 +83,13 @@ def many_jobs(bench: Bench) -> Contests:
         # One job after the other: from one end to the next is one job, whatever was before the first.
         return seconds + (bench.size.jobs - n_jobs) * (ends[-1] - ends[0]) / (n_jobs - 1)
 
-    contest: dict[Column, Play] = {
+    turns: dict[Column, Turn] = {
         "ours": lambda: {"wall": launch("daft_domainbed.scripts.sweep", bench.size.jobs)[0]},
         "bare": lambda: {"wall": bench.time(BARE, bench.size.jobs)},
     }
     if bench.clone:
-        contest["host"] = lambda: {"wall": launch_host()}
-    yield contest
+        turns["host"] = lambda: {"wall": launch_host()}
+    yield turns
 
 
 @case(
@@ -95,7 +97,7 @@ def many_jobs(bench: Bench) -> Contests:
     Goal("wall", "s", "host", 0.55),
     Goal("step", "s", "bare", 1.05),
 )
-def digits(bench: Bench) -> Contests:
+def digits(bench: Bench) -> Rounds:
     """RotatedMNIST job, batch 5 x 64: a checkpoint at the start, in the middle and at the end."""
     root, size = inputs.write_digits(bench.make_folder("digits"), bench.size.digits), bench.size
     arguments = {"dataset": "RotatedMNIST", "data_dir": str(root)}
@@ -106,21 +108,21 @@ def digits(bench: Bench) -> Contests:
         folder = bench.make_folder("job")
         flags = list_flags(**arguments, steps=size.digits_steps, checkpoint_freq=size.digits_checkpoint)
         seconds = bench.time(module, *flags, "--output_dir", folder, **options)
-        steps = json.loads((folder / "results.jsonl").read_text().splitlines()[-1])["step_time"]
+        steps = read_last_record(folder)["step_time"]
         shutil.rmtree(folder)
         return {"wall": seconds, "step": steps} if options else {"wall": seconds}
 
-    contest: dict[Column, Play] = {
+    turns: dict[Column, Turn] = {
         "ours": lambda: run(TRAIN),
         "bare": lambda: {"wall": bench.time(BARE, "digits", root, size.digits_steps, size.digits_checkpoint)},
     }
     if bench.clone:
-        contest["host"] = lambda: run(HOST_TRAIN, with_host=True)
-    yield contest
+        turns["host"] = lambda: run(HOST_TRAIN, with_host=True)
+    yield turns
 
 
 @case("the step in plain torch: eager, fp32", Goal("step", "s", "bare", 0.55))
-def digits_fast(bench: Bench) -> Contests:
+def digits_fast(bench: Bench) -> Rounds:
     """RotatedMNIST step with the fast options: `--precision bf16`."""
     root = str(inputs.write_digits(bench.make_folder("digits"), bench.size.digits))
     arguments = {"dataset": "RotatedMNIST", "data_dir": root, "precision": "bf16"}
@@ -129,7 +131,7 @@ def digits_fast(bench: Bench) -> Contests:
 
 
 @case("our ERM step plus the forward pass of the teacher's network", Goal("step", "s", "bare", 1.05))
-def daft_step(bench: Bench) -> Contests:
+def daft_step(bench: Bench) -> Rounds:
     """DAFT step on EmojiStyles: student resnet8_w8, teacher resnet8_w32, batch 3 x 32."""
     teacher = {"teacher_backbone": TEACHER, "teacher_steps": 8, "aft_steps": 2}
     n = 2 * bench.size.chunk
@@ -145,7 +147,7 @@ def daft_step(bench: Bench) -> Contests:
 
 
 @case("10-step pixel PGD through the frozen backbone in plain torch, as many images", Goal("epoch", "s", "bare", 0.01))
-def aft_features(bench: Bench) -> Contests:
+def aft_features(bench: Bench) -> Rounds:
     """AFT epoch on features (closed form, head of resnet8_w32, not augmented, images encoded before) on EmojiStyles."""
     with (
         _pace_aft(bench, aft_attack="features", data_augmentation=False) as ours,
@@ -159,7 +161,7 @@ def aft_features(bench: Bench) -> Contests:
 
 @case("5 forward and 3 backward passes in plain torch, no gradient for a weight of the backbone",
       Goal("step", "s", "bare", 1.1))  # fmt: skip
-def aft_pixels(bench: Bench) -> Contests:
+def aft_pixels(bench: Bench) -> Rounds:
     """AFT step of the head of resnet8_w32 on pixels: 3-step PGD through the frozen backbone, batch 3 x 32."""
     n = bench.size.chunk
     with (
@@ -173,20 +175,20 @@ LOADER = "torch's own loader, a worker a thread, the same augmentation"
 
 
 @case(LOADER, Goal("rate", "images/s", "host", 1.5, at_least=True))
-def folder(bench: Bench) -> Contests:
+def folder(bench: Bench) -> Rounds:
     """PACS-format folder, 224 px, augmented: images through the data path."""
     yield _read_folder(bench, cache=None)
 
 
 @case(LOADER, Goal("rate", "images/s", "host", 3, at_least=True))
-def folder_cached(bench: Bench) -> Contests:
+def folder_cached(bench: Bench) -> Rounds:
     """The same from a cache of decoded images, made before."""
-    contest = _read_folder(bench, cache=str(bench.make_folder("cache")))
-    contest["ours"]()
-    yield contest
+    turns = _read_folder(bench, cache=str(bench.make_folder("cache")))
+    turns["ours"]()
+    yield turns
 
 
-def _read_folder(bench: Bench, cache: str | None) -> dict[Column, Play]:
+def _read_folder(bench: Bench, cache: str | None) -> dict[Column, Turn]:
     root, size = str(inputs.write_folder(bench.make_folder("folder"), bench.size.images)), bench.size
     work: dict[str, Any] = {"steps": size.read_steps, "batch": size.batch}
 
@@ -196,17 +198,17 @@ def _read_folder(bench: Bench, cache: str | None) -> dict[Column, Play]:
         rate: float = bench.call("ours:read_folder", folder=str(bench.make_folder("run")), **place, **work)
         return rate
 
-    contest: dict[Column, Play] = {
+    turns: dict[Column, Turn] = {
         "ours": lambda: {"rate": read_ours()},
         "bare": lambda: {"rate": bench.call("bare:read_folder", root=root, threads=bench.threads, **work)},
     }
     if bench.clone:
-        contest["host"] = lambda: {"rate": bench.call("host:read_folder", with_host=True, root=root, **work)}
-    return contest
+        turns["host"] = lambda: {"rate": bench.call("host:read_folder", with_host=True, root=root, **work)}
+    return turns
 
 
 @case("the forward passes in plain torch, 64 images at a time", Goal("pass", "s", "bare", 1.05))
-def evaluation(bench: Bench) -> Contests:
+def evaluation(bench: Bench) -> Rounds:
     """One checkpoint of the RotatedMNIST job: all splits, the record, the resume file."""
     root = str(inputs.write_digits(bench.make_folder("digits"), bench.size.digits))
     work: dict[str, Any] = {
@@ -220,7 +222,7 @@ def evaluation(bench: Bench) -> Contests:
 
 
 @case("nothing", Goal("share", "%", None, 2))
-def resume_file(bench: Bench) -> Contests:
+def resume_file(bench: Bench) -> Rounds:
     """Writing the resume file, of a whole EmojiStyles run of ERM: 400 steps, a checkpoint every 100."""
     steps = 400 if bench.size.chunk > 1 else 2
 
@@ -232,22 +234,22 @@ def resume_file(bench: Bench) -> Contests:
 
 
 @case("every line parsed, nothing made of it", Goal("rate", "records/s", None, 100_000, at_least=True))
-def collect_results(bench: Bench) -> Contests:
+def collect_results(bench: Bench) -> Rounds:
     """`collect_results` over 200,000 records in 4,000 folders, its start included; upstream's without its imports."""
     root = inputs.write_records(bench.make_folder("sweep"), bench.size.folders)
     n_records = bench.size.folders * RECORDS_PER_FOLDER
-    contest: dict[Column, Play] = {
+    turns: dict[Column, Turn] = {
         "ours": lambda: {"rate": n_records / bench.time("daft_domainbed.scripts.collect_results", "--input_dir", root)},
         "bare": lambda: {"rate": bench.call("bare:read_records", root=str(root))},
     }
     if bench.clone:
         part = str(inputs.write_records(bench.make_folder("part"), bench.size.host_folders))
-        contest["host"] = lambda: {"rate": bench.call("host:read_records", with_host=True, root=part)}
-    yield contest
+        turns["host"] = lambda: {"rate": bench.call("host:read_records", with_host=True, root=part)}
+    yield turns
 
 
 @case("one job at a time, with all threads", Goal("wall", "s", "bare"))
-def demo(bench: Bench) -> Contests:
+def demo(bench: Bench) -> Rounds:
     """A slice of the EmojiStyles demo: ERM for every style, as many jobs at a time as threads, one thread each."""
 
     def run(n_jobs: int, threads: int) -> dict[str, float]:
@@ -272,9 +274,9 @@ def _pace_aft(bench: Bench, **hparams: Any) -> Any:
     return _pace_engine(bench, dataset="EmojiStyles", algorithm="AFT", hparams=teacher | hparams)
 
 
-def _name(metric: str, measure: Callable[[], float]) -> Play:
+def _name(metric: str, measure: Callable[[], float]) -> Turn:
     return lambda: {metric: measure()}
 
 
-def _take_steps(player: Player, n_steps: int) -> Play:
-    return _name("step", lambda: player.take_median(n_steps))
+def _take_steps(worker: Worker, n_steps: int) -> Turn:
+    return _name("step", lambda: worker.take_median(n_steps))

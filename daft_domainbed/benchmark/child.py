@@ -1,4 +1,4 @@
-"""The far end of `Bench.pace` and `Bench.call`: a process that does what one connection tells it."""
+"""The process behind `Bench.pace` and `Bench.call`, which does what one connection tells it."""
 
 from __future__ import annotations
 

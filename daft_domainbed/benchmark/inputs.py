@@ -8,6 +8,7 @@ from itertools import combinations, product
 from pathlib import Path
 
 from daft_domainbed.benchmark.sizes import RECORDS_PER_FOLDER
+from daft_domainbed.runtime.layout import DONE_FILE, RECORDS_FILE
 
 PACS_DOMAINS = ("art_painting", "cartoon", "photo", "sketch")
 PACS_CLASSES = ("dog", "elephant", "giraffe", "guitar", "horse", "house", "person")
@@ -20,7 +21,7 @@ def write_digits(root: Path, count: int) -> Path:
     import torch
 
     from daft_domainbed.embedded.data import load_digits
-    from daft_domainbed.embedded.datasets import enlarge
+    from daft_domainbed.embedded.in_memory import enlarge
 
     random = np.random.default_rng(0)
     images, labels = load_digits()
@@ -69,16 +70,18 @@ def write_records(root: Path, folders: int) -> Path:
 
     from daft_domainbed import plugin
     from daft_domainbed.arguments import TrainArgs
+    from daft_domainbed.host import contract
+    from daft_domainbed.plugin.defaults import get_default_hparams
 
-    host = plugin.find_host()
+    host = contract.find_host()
     plugin.register(host)
     random = np.random.default_rng(0)
     names = [f"env{i}_{part}_acc" for i in range(4) for part in ("in", "out")]
     test_envs = [[i] for i in range(4)] + [list(pair) for pair in combinations(range(4), 2)]
-    hparams = plugin.get_default_hparams(host, "ERM", "PACS", {})
+    hparams = get_default_hparams(host, "ERM", contract.describe_dataset(host, "PACS", {}))
     runs = product(host.algorithms.ALGORITHMS + [f"Other{i}" for i in range(9)], range(20), range(3), test_envs)
     for i, (algorithm, draw, trial, held_out) in zip(range(folders), runs, strict=False):
-        args = TrainArgs("PACS", algorithm, hparams_seed=draw, trial_seed=trial, test_envs=held_out, data_dir="data")
+        args = TrainArgs("PACS", algorithm, draw, trial, test_envs=held_out, data_dir="data")
         fixed = {"args": asdict(args) | {"output_dir": f"sweep/{i}"}, "hparams": hparams, "mem_gb": 0.0}
         lines = []
         for step, accs in enumerate(random.random((RECORDS_PER_FOLDER, len(names))).tolist()):
@@ -86,6 +89,6 @@ def write_records(root: Path, folders: int) -> Path:
             lines.append(json.dumps(fixed | numbers | dict(zip(names, accs, strict=True)), sort_keys=True))
         folder = root / f"{i:06}"
         folder.mkdir(parents=True)
-        (folder / "results.jsonl").write_text("\n".join(lines) + "\n")
-        (folder / "done").write_text("done")
+        (folder / RECORDS_FILE).write_text("\n".join(lines) + "\n")
+        (folder / DONE_FILE).write_text("done")
     return root

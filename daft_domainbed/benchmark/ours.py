@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,14 +12,14 @@ from torch import Tensor
 from daft_domainbed import plugin
 from daft_domainbed.arguments import TrainArgs
 from daft_domainbed.benchmark.bare import OnStep
-from daft_domainbed.engine import train
-from daft_domainbed.machine import describe_machine
+from daft_domainbed.runtime.machine import describe_machine
+from daft_domainbed.training.engine import train
 
-FOR_EVER = 10**9
+ENDLESS = 10**9
 
 
 class Idle:
-    """An algorithm that learns nothing, so that what remains is what a run does beside learning."""
+    """An algorithm that learns nothing, so that a run of it takes what every run takes beside learning."""
 
     def update(
         self, minibatches: Sequence[tuple[Tensor, Tensor]], unlabeled: Sequence[Tensor] | None = None
@@ -30,7 +29,7 @@ class Idle:
 
 
 class Blind(Idle):
-    """Nor does it look at what it is asked about."""
+    """An algorithm that neither learns nor looks at what it is asked about."""
 
     hparams: dict[str, Any]
 
@@ -51,8 +50,8 @@ def describe() -> dict[str, Any]:
 
 
 def run(folder: str, on_step: OnStep | None = None, **args: Any) -> None:
-    """Run the engine; for ever, where its steps are not said."""
-    given: dict[str, Any] = {"steps": FOR_EVER, "checkpoint_freq": FOR_EVER, "device": "cpu", "output_dir": folder}
+    """Run the engine, without end where its steps are not said."""
+    given: dict[str, Any] = {"steps": ENDLESS, "checkpoint_freq": ENDLESS, "device": "cpu", "output_dir": folder}
 
     def tell(step: int, n_steps: int) -> None:
         if on_step is not None:
@@ -86,18 +85,11 @@ def read_folder(folder: str, steps: int, batch: int, cache: str | None = None, *
 
 def measure_saving(folder: str, **args: Any) -> float:
     """Return the percentage of a run's time that goes into its resume file."""
-    from daft_domainbed.benchmark.shares import Stopwatch
-    from daft_domainbed.engine import _Run
+    from daft_domainbed.benchmark.stopwatch import Stopwatch
+    from daft_domainbed.training.recorder import Recorder
 
     watch = Stopwatch()
-    watch.attribute(_Run, "_save_resume", "resume file")
+    watch.attribute(Recorder, "save_resume", "resume file")
     began = time.perf_counter()
     run(folder, **args)
     return 100 * watch.seconds["resume file"] / (time.perf_counter() - began)
-
-
-def read_steps(folder: str | Path) -> list[dict[str, Any]]:
-    """Return a run's records."""
-    import json
-
-    return [json.loads(line) for line in Path(folder, "results.jsonl").read_text().splitlines()]

@@ -1,96 +1,30 @@
-"""Where the time of a run goes: each second to the innermost phase that it was spent in."""
+"""Where the time of a run goes: its phases in percent, of the engine's runs and of upstream's."""
 
 from __future__ import annotations
 
-import functools
 import json
 import runpy
 import statistics
 import sys
-import threading
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from daft_domainbed.benchmark import inputs
-from daft_domainbed.benchmark.measure import Bench, list_flags
-
-PHASES = ("imports", "data", "forward", "backward", "optimizer", "evaluation", "resume file", "models", "rest")
-
-
-class Stopwatch:
-    """Adds up the seconds of phases, none twice; other threads than the one that made it are not looked at.
-
-    Attributes:
-        seconds: By phase.
-    """
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-        self._open: list[str] = []
-        self._since = 0.0
-        self._thread = threading.get_ident()
-
-    def enter(self, phase: str) -> None:
-        """Begin a phase; the one that it is part of stands still."""
-        self._pass()
-        self._open.append(phase)
-
-    def leave(self) -> None:
-        """End the phase that began last."""
-        self._pass()
-        self._open.pop()
-
-    def _pass(self) -> None:
-        now = time.perf_counter()
-        if self._open:
-            self.seconds[self._open[-1]] += now - self._since
-        self._since = now
-
-    def attribute(self, owner: Any, name: str, phase: str) -> None:
-        """Count the time of a function, or of drawing from the iterator that `__iter__` makes, as a phase's."""
-        original = getattr(owner, name)
-
-        @functools.wraps(original)
-        def measured(*args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() != self._thread:
-                return original(*args, **kwargs)
-            self.enter(phase)
-            try:
-                result = original(*args, **kwargs)
-            finally:
-                self.leave()
-            return self._draw(result, phase) if name == "__iter__" else result
-
-        setattr(owner, name, measured)
-
-    def _draw(self, iterator: Iterator[Any], phase: str) -> Iterator[Any]:
-        while True:
-            self.enter(phase)
-            try:
-                item = next(iterator)
-            except StopIteration:
-                return
-            finally:
-                self.leave()
-            yield item
-
-    def divide(self, total: float) -> dict[str, float]:
-        """Return each phase's share of a total, in percent; what was in none is the rest."""
-        shares = {phase: 100 * self.seconds[phase] / total for phase in PHASES[:-1]}
-        return {"seconds": total, **shares, "rest": 100 - sum(shares.values())}
+from daft_domainbed.benchmark.stopwatch import Stopwatch
+from daft_domainbed.benchmark.workers import Bench, list_flags
 
 
 def profile_ours(began: float, folder: str, **args: Any) -> Mapping[str, float]:
     """Return the shares of a run of the engine; `began` is when its process was started."""
     import torch
 
-    from daft_domainbed import plugin, streams
     from daft_domainbed.benchmark.ours import run
-    from daft_domainbed.engine import _Run
+    from daft_domainbed.data import streams
+    from daft_domainbed.host import contract
+    from daft_domainbed.training.recorder import Recorder
 
-    watch, host = Stopwatch(), plugin.find_host()
+    watch, host = Stopwatch(), contract.find_host()
     watch.seconds["imports"] = time.time() - began
     for stream in (streams.Stream, *streams.Stream.__subclasses__()):
         if "__next__" in vars(stream):
@@ -99,8 +33,8 @@ def profile_ours(began: float, folder: str, **args: Any) -> Mapping[str, float]:
     watch.attribute(host.algorithms.ERM, "update", "forward")
     watch.attribute(torch.Tensor, "backward", "backward")
     watch.attribute(torch.optim.Adam, "step", "optimizer")
-    watch.attribute(_Run, "_save_resume", "resume file")
-    watch.attribute(_Run, "_save_model", "models")
+    watch.attribute(Recorder, "save_resume", "resume file")
+    watch.attribute(Recorder, "save_model", "models")
     run(folder, **args)
     return watch.divide(time.time() - began)
 

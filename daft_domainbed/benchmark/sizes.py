@@ -11,17 +11,17 @@ class Size:
 
     Attributes:
         digits: Images of the RotatedMNIST-like set.
-        digits_steps: Of its job; it is evaluated at step 0, every `digits_checkpoint` and at the last.
+        digits_steps: Steps of its job, which is evaluated at step 0, every `digits_checkpoint` and at the last.
         digits_checkpoint: Steps between evaluations.
         jobs: Small jobs of a sweep.
         host_jobs: How many of them upstream's launcher does; the rest is extrapolated.
         chunk: Steps that a loop does in its turn.
-        images: Of the image folder, in each class of each domain.
+        images: Images of the image folder, in each class of each domain.
         batch: Images a domain in a step of it.
         read_steps: Steps whose images are read, after those that upstream reads ahead.
         folders: Runs that `collect_results` reads.
         host_folders: How many of them upstream's reader is given.
-        profile_steps: Of the folder's job whose time is divided into phases.
+        profile_steps: Steps of the folder's job whose time is divided into phases.
         demo_steps: Updates of each job of the demo's slice.
         domains: Numbers of domains at which growth is measured.
         growth_folders: Numbers of runs at which it is.

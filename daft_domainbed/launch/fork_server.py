@@ -1,7 +1,8 @@
 """A process that has imported torch once and forks a job's process whenever it is asked to.
 
-Asked over a socket, with the one end of another socket over which the job is described, reports, and is stopped. When
-the launcher dies, however it dies, its sockets close, and everything here ends with it. Nothing of this is in a file.
+It is asked over a socket, and given one end of another socket, over which the job is described, reports, and is
+stopped. When the launcher dies, however it dies, its sockets close, and everything here ends with it. Nothing of this
+is in a file.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from subprocess import Popen
 
-from daft_domainbed import machine, stopping
+from daft_domainbed.runtime import machine, stopping
 
 _PRELOADED = ("daft_domainbed.launch.work", "daft_domainbed.algorithms", "daft_domainbed.embedded.datasets")
 _SECONDS_BETWEEN_REPORTS = 0.25
@@ -27,24 +28,24 @@ STOP = "stop"
 
 
 class ForkServer:
-    """The launcher's side of it.
+    """The server as the launcher sees it.
 
     Args:
-        environment: Of the server and of all that it forks.
+        environment: Variables of the server and of all that it forks, beside the launcher's.
     """
 
     def __init__(self, environment: Mapping[str, str]) -> None:
-        self._socket, theirs = socket.socketpair()
-        command = [sys.executable, "-m", __name__, str(theirs.fileno())]
-        self._process = Popen(command, pass_fds=[theirs.fileno()], env=os.environ | environment)
-        theirs.close()
+        self._socket, far_end = socket.socketpair()
+        command = [sys.executable, "-m", __name__, str(far_end.fileno())]
+        self._process = Popen(command, pass_fds=[far_end.fileno()], env=os.environ | environment)
+        far_end.close()
 
     def fork(self) -> Connection:
         """Start a process and return the connection to it, over which it waits for its job."""
-        ours, theirs = socket.socketpair()
-        with suppress(OSError), theirs:  # a dead server shows as the end of the connection
-            socket.send_fds(self._socket, [b"f"], [theirs.fileno()])
-        return Connection(ours.detach())
+        near_end, far_end = socket.socketpair()
+        with suppress(OSError), far_end:  # a dead server shows as the end of the connection
+            socket.send_fds(self._socket, [b"f"], [far_end.fileno()])
+        return Connection(near_end.detach())
 
     def close(self) -> None:
         """End the server; jobs end when their connections are closed."""

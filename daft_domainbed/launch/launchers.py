@@ -1,4 +1,4 @@
-"""The launchers by name: ours, those of installed packages, and those of the user's DomainBed."""
+"""The launchers by name: built-in ones, those of installed packages, and those of the user's DomainBed."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from daft_domainbed import plugin, stopping
 from daft_domainbed.errors import UsageError, suggest
+from daft_domainbed.host import contract
+from daft_domainbed.launch.job import Job, group_by_depth
 from daft_domainbed.launch.options import Options
-from daft_domainbed.launch.plan import STAGES, Job
 from daft_domainbed.launch.schedule import Observer
 from daft_domainbed.launch.states import forget_failures, is_done, read_states
+from daft_domainbed.plugin import upstream
+from daft_domainbed.runtime import stopping
 
 ENTRY_POINTS = "daft_domainbed.launchers"
 
@@ -27,21 +29,21 @@ def find_launcher(name: str, host: str) -> Launcher:
     """Return a launcher by name.
 
     Args:
-        name: One of ours, an entry point of the group `daft_domainbed.launchers`, or a name of DomainBed's REGISTRY.
+        name: A built-in one, an entry point of the group `daft_domainbed.launchers`, or a name of DomainBed's REGISTRY.
         host: DomainBed's are known where it is "upstream".
 
     Raises:
         UsageError: There is none of that name; says the nearest.
     """
-    if name in _OURS:
-        return _OURS[name]()
-    theirs = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
-    if name in theirs:
-        return _take_commands(theirs[name].load())
-    upstream = plugin.get_launchers(plugin.find_host(host))
-    if name in upstream:
-        return _take_commands(upstream[name])
-    names = [*_OURS, *theirs, *upstream]
+    if name in _BUILT_IN:
+        return _BUILT_IN[name]()
+    installed = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+    if name in installed:
+        return _take_commands(installed[name].load())
+    hosts = upstream.get_launchers(contract.find_host(host))
+    if name in hosts:
+        return _take_commands(hosts[name])
+    names = [*_BUILT_IN, *installed, *hosts]
     raise UsageError(f"no launcher {name!r}.{suggest(name, names)} There are {', '.join(dict.fromkeys(names))}")
 
 
@@ -59,8 +61,8 @@ def _take_commands(launch: Callable[[list[str]], Any]) -> Launcher:
 
     def run(root: Path, jobs: Sequence[Job], options: Options, observer: Observer) -> dict[str, str] | None:
         forget_failures(root, [job for job in jobs if not is_done(root / job.folder)])
-        for stage in STAGES:
-            open_jobs = [job for job in jobs if job.stage == stage and not is_done(root / job.folder)]
+        for stage in group_by_depth(jobs):
+            open_jobs = [job for job in stage if not is_done(root / job.folder)]
             if open_jobs:
                 with stopping.raising():
                     launch([make_command(root, job, options.threads) for job in open_jobs])
@@ -100,7 +102,7 @@ def _get_ray() -> Launcher:
     return run_ray
 
 
-_OURS: dict[str, Callable[[], Launcher]] = {
+_BUILT_IN: dict[str, Callable[[], Launcher]] = {
     "local": _get_local,
     "multi_gpu": _get_multi_gpu,
     "slurm": _get_slurm,

@@ -12,12 +12,13 @@ from pathlib import Path
 
 from daft_domainbed.errors import UsageError
 from daft_domainbed.launch.fork_server import STOP, ForkServer
+from daft_domainbed.launch.job import Job
 from daft_domainbed.launch.options import Options
-from daft_domainbed.launch.plan import Job
 from daft_domainbed.launch.schedule import Ended, Observer, Progress, run_graph
-from daft_domainbed.launch.states import is_done, read_failure
+from daft_domainbed.launch.states import is_done
 from daft_domainbed.launch.work import Outcome
-from daft_domainbed.machine import count_cores
+from daft_domainbed.runtime.layout import read_failure
+from daft_domainbed.runtime.machine import count_cores
 
 
 def run_local(root: Path, jobs: Sequence[Job], options: Options, observer: Observer) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""How a sweep is launched: what has no influence on its numbers."""
+"""How a sweep is launched, which has no influence on its numbers."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ class Options:
 
     Attributes:
         n_jobs: Jobs at a time; None leaves it to the launcher.
-        threads: Of each job; fixed, so that numbers do not depend on how many run at a time.
+        threads: Threads of each job; fixed, so that numbers do not depend on how many run at a time.
         slurm: Slurm's own options, such as partition or time.
-        max_array_size: Of one Slurm job array.
-        ray_address: Of a running Ray cluster; None starts one on this machine.
+        max_array_size: The most jobs in one Slurm job array.
+        ray_address: The address of a running Ray cluster; None starts one on this machine.
     """
 
     n_jobs: int | None = None

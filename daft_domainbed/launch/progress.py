@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
-from daft_domainbed.launch.plan import Job
-
-STAGE_NAMES = {"erm_teacher": "ERM teacher", "aft_teacher": "AFT teacher", "student": "student"}
+from daft_domainbed.launch.job import Job, name_job
+from daft_domainbed.launch.kinds import estimate_seconds, name_kind
+from daft_domainbed.methods import STUDENT
+from daft_domainbed.runtime.durations import format_duration
 
 
 class SweepProgress:
@@ -21,7 +22,7 @@ class SweepProgress:
 
     Args:
         jobs: The whole plan.
-        n_done: How many of them were done before.
+        n_done: How many of its jobs were done before.
         n_jobs: How many run at a time.
         environments: Names of the environments by data set.
         console: Where to show it; standard error by default.
@@ -62,7 +63,7 @@ class SweepProgress:
     def plan(self, jobs: Sequence[Job]) -> None:
         """Take note of the jobs that are still to be run."""
         for job in jobs:
-            self.left[_get_kind(job)] += 1
+            self.left[name_kind(job)] += 1
 
     def start(self, job: Job) -> None:
         """Show a job that was started."""
@@ -83,7 +84,7 @@ class SweepProgress:
     def end(self, job: Job, failure: str | None, seconds: float) -> None:
         """Say how a job ended, and how long the rest may take."""
         self.finished += 1
-        kind = _get_kind(job)
+        kind = name_kind(job)
         self.left[kind] -= 1
         if failure is None:
             self.seconds[kind].append(seconds)
@@ -91,28 +92,19 @@ class SweepProgress:
             self.bars.remove_task(self.tasks.pop(job.folder))
         note = self.estimate_time_left()
         self.bars.update(self.overall, completed=self.finished, note=note)
-        outcome = f"done in {seconds:.0f} s" if failure is None else f"FAILED: {failure}"
+        outcome = f"done in {format_duration(seconds)}" if failure is None else f"FAILED: {failure}"
         line = f"[{self.finished}/{self.total}] {self.describe(job)}: {outcome}" + (f"; {note}" if note else "")
         self.console.print(Text(line), soft_wrap=True)
 
     def estimate_time_left(self) -> str:
-        """Return the time left, from the mean time of finished jobs of each kind; nothing while a kind has none."""
-        kinds = [kind for kind, count in self.left.items() if count > 0]
-        if not kinds or any(not self.seconds[kind] for kind in kinds):
-            return ""
-        work = sum(self.left[kind] * sum(self.seconds[kind]) / len(self.seconds[kind]) for kind in kinds)
-        minutes = work / self.n_jobs / 60
-        return f"about {minutes:.0f} min left" if minutes >= 1.5 else f"about {minutes * 60:.0f} s left"
+        """Return how long the rest may take, with so many jobs at a time; nothing while that is unknown."""
+        work = estimate_seconds(self.left, self.seconds)
+        return f"about {format_duration(work / self.n_jobs)} left" if work else ""
 
     def describe(self, job: Job) -> str:
         """Return a job's name: stage, held-out environments, trial, draw."""
         names = self.environments[job.args.dataset]
         held_out = " and ".join(names[i] for i in job.args.test_envs)
-        what = f"{job.args.algorithm} student" if job.stage == "student" else STAGE_NAMES[job.stage]
+        what = f"{job.args.algorithm} student" if job.stage == STUDENT else name_job(job)
         draw = f", draw {job.args.hparams_seed}" if job.args.hparams_seed else ""
         return f"{what}, {held_out} held out, trial {job.args.trial_seed}{draw}"
-
-
-def _get_kind(job: Job) -> str:
-    """Jobs of one kind take about the same time."""
-    return f"{job.stage} {job.args.algorithm} {job.args.dataset}"

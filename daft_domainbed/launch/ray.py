@@ -13,13 +13,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from daft_domainbed import stopping
 from daft_domainbed.errors import UsageError
+from daft_domainbed.launch.job import Job
 from daft_domainbed.launch.options import Options
-from daft_domainbed.launch.plan import Job
 from daft_domainbed.launch.schedule import Ended, Observer, Progress, run_graph
 from daft_domainbed.launch.states import is_done
 from daft_domainbed.launch.work import Outcome, do_job
+from daft_domainbed.runtime import stopping
 
 _RETRIES = 3  # of a job whose worker or node was lost; each goes on where the last one was
 _SECONDS_BETWEEN_REPORTS = 1.0
@@ -53,7 +53,7 @@ def run_ray(root: Path, jobs: Sequence[Job], options: Options, observer: Observe
     try:
         if stopping.is_requested():
             raise stopping.Stopped("stopped before any job was started; the same command starts them")
-        # Ray has put a signal handler of its own in the place of ours.
+        # Ray has put a signal handler of its own in the place of the launcher's.
         with stopping.listening(signal.SIGINT, signal.SIGTERM):
             return run_graph(root, jobs, _Tasks(ray, root, options, jobs[0].args.device), observer)
     finally:
@@ -83,7 +83,7 @@ def _remove_abandoned() -> None:
 
 
 class _Board:
-    """Where tasks write how far they are, and read whether they are to stop."""
+    """An actor to which tasks report how far they are, and which tells them whether to stop."""
 
     def __init__(self) -> None:
         self.steps: dict[str, tuple[int, int]] = {}

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from daft_domainbed.launch.plan import Job
+from daft_domainbed.launch.job import Job
 from daft_domainbed.launch.states import is_done
-from daft_domainbed.locks import is_claimed
+from daft_domainbed.runtime.locks import is_claimed
 
 
 def remove_weights(root: Path, jobs: Sequence[Job], chosen: Iterable[str]) -> int:
@@ -20,7 +20,7 @@ def remove_weights(root: Path, jobs: Sequence[Job], chosen: Iterable[str]) -> in
     Args:
         root: The sweep's folder.
         jobs: Its whole plan.
-        chosen: Folders of the students that a selection chose.
+        chosen: The folders of students that a selection chose.
 
     Returns:
         The bytes that were freed.

@@ -8,31 +8,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from daft_domainbed import stopping
-from daft_domainbed.launch.plan import Job
-from daft_domainbed.launch.states import forget_failures, is_done, read_failure
-from daft_domainbed.launch.work import Outcome, leave_failure
-from daft_domainbed.locks import is_claimed
+from daft_domainbed.launch.job import Job
+from daft_domainbed.launch.states import forget_failures, is_done, write_failure
+from daft_domainbed.launch.work import Outcome
+from daft_domainbed.runtime import stopping
+from daft_domainbed.runtime.layout import read_failure
+from daft_domainbed.runtime.locks import is_claimed
 
 _SECONDS_BETWEEN_LOOKS = 1.0
 
 
 class Observer(Protocol):
-    """Whoever shows how the jobs are getting on."""
+    """Shows how the jobs are getting on."""
 
     def start(self, job: Job) -> None:
-        """A job was started."""
+        """Take note that a job was started."""
 
     def advance(self, job: Job, step: int, n_steps: int) -> None:
-        """A job has done so many steps."""
+        """Take note that a job has done so many steps."""
 
     def end(self, job: Job, failure: str | None, seconds: float) -> None:
-        """A job has ended, well or with a reason."""
+        """Take note that a job has ended, well or with a reason."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """A job has done so many steps."""
+    """The news that a job has done so many steps."""
 
     job: Job
     step: int
@@ -41,20 +42,20 @@ class Progress:
 
 @dataclass(frozen=True)
 class Ended:
-    """A job is no longer running here."""
+    """The news that a job is no longer running here."""
 
     job: Job
     outcome: Outcome
 
 
 class Pool(Protocol):
-    """Where jobs run."""
+    """A place where jobs run."""
 
     def has_room(self) -> bool:
         """Return whether another job can be started now."""
 
     def start(self, job: Job) -> None:
-        """Start a job; what becomes of it is told by `wait`."""
+        """Start a job; `wait` yields what becomes of it."""
 
     def wait(self, seconds: float) -> Iterator[Progress | Ended]:
         """Yield what has happened, waiting for at most so long until something does."""
@@ -75,11 +76,11 @@ def run_graph(root: Path, jobs: Sequence[Job], pool: Pool, observer: Observer) -
     Args:
         root: The sweep's folder.
         jobs: The plan, teachers before students.
-        pool: Where they run.
-        observer: Told of everything that happens.
+        pool: Where the jobs run.
+        observer: Called for everything that happens.
 
     Raises:
-        Stopped: As was asked through `stopping`; what was running has saved where it is.
+        Stopped: That was asked through `stopping`; what was running has saved where it is.
     """
     graph = _Graph(root, jobs, pool, observer)
     try:
@@ -120,7 +121,7 @@ class _Graph:
                 continue
             if failed:
                 reason = f"its teacher {failed} failed"
-                leave_failure(self.root / job.folder, reason)
+                write_failure(self.root / job.folder, reason)
                 self._finish(job, reason)
             else:
                 del self.waiting[job.folder]
@@ -129,7 +130,7 @@ class _Graph:
                 self.observer.start(job)
 
     def _is_free(self, job: Job) -> bool:
-        """Return whether a job is for us to start; one that others were at is looked at again from time to time."""
+        """Return whether a job is left to start; one that others were at is looked at again from time to time."""
         folder = self.root / job.folder
         if time.monotonic() < self.elsewhere.get(job.folder, 0.0):
             return False

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import os
 import re
 import shutil
@@ -19,44 +18,20 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from daft_domainbed import checkpoints, locks, stopping
-from daft_domainbed.errors import RunError, UsageError, suggest
+from daft_domainbed.errors import RunError, UsageError
+from daft_domainbed.launch.job import Job, group_by_depth, name_job
 from daft_domainbed.launch.options import Options
-from daft_domainbed.launch.plan import STAGES, Job
-from daft_domainbed.launch.progress import STAGE_NAMES
 from daft_domainbed.launch.schedule import Observer
-from daft_domainbed.launch.states import FAILED_FILE, is_done
-from daft_domainbed.run_folder import own
+from daft_domainbed.launch.slurm_options import make_parameters
+from daft_domainbed.launch.states import forget_failures, is_done
+from daft_domainbed.runtime import files, locks, stopping
+from daft_domainbed.runtime.layout import QUEUE_FILE, SLURM_FOLDER
+from daft_domainbed.runtime.locks import acquire
 
-FOLDER = "slurm"
-JOBS_FILE = "jobs.json"
 SCHEMA = 1
 
-_DEFAULT_MINUTES = 240
-_MOST_SECONDS_TO_SAVE = 300
 # A job goes on where it was each time; the end of it is for one that never gets anywhere.
 _MOST_TIMEOUTS = 100
-
-_WHOLE_NUMBERS = ("cpus_per_task", "signal_delay_s", "array_parallelism")
-_LISTS = ("setup", "teardown")
-_GPU_OPTIONS = ("gres", "gpus", "gpus_per_node", "gpus_per_task", "gpus_per_socket")
-# What the launcher sets itself, and what would make something else of a job than one process in this folder.
-_OURS = (
-    *(
-        "additional_parameters",
-        "array",
-        "chdir",
-        "dependency",
-        "error",
-        "help",
-        "input",
-        "no_requeue",
-        "nodes",
-        "ntasks",
-    ),
-    *("ntasks_per_node", "num_gpus", "open_mode", "output", "parsable", "requeue", "signal", "srun_args", "test_only"),
-    *("stderr_to_stdout", "usage", "use_srun", "version", "wait", "wrap"),
-)
 
 
 @dataclass(frozen=True)
@@ -65,8 +40,8 @@ class Submission:
 
     Attributes:
         job_id: Its number.
-        stage: Of its jobs.
-        folders: Of its jobs, in the order of its elements; a single one is a job without elements.
+        stage: What its jobs are for.
+        folders: Those of its jobs, in the order of its elements; a single one is a job without elements.
     """
 
     job_id: str
@@ -80,23 +55,23 @@ def submit_slurm(root: Path, jobs: Sequence[Job], options: Options, observer: Ob
     Args:
         root: The sweep's folder, at the same path on every node.
         jobs: The plan, teachers before students.
-        options: With Slurm's own under `slurm`.
+        options: Where and how many at a time; Slurm's own are under `slurm`.
         observer: Not needed: nothing is run here.
 
     Raises:
-        UsageError: There is no Slurm or no submitit here, or one of Slurm's options cannot be.
+        UsageError: There is no Slurm or no submitit here, or sbatch refuses an option.
         RunError: Slurm refuses the jobs; what it took before goes on.
         Stopped: By a signal; what was submitted goes on.
     """
     _check_programs()
-    parameters = _make_parameters(options, jobs)
+    parameters = make_parameters(options, jobs)
     root = root.resolve()
     open_jobs = [job for job in jobs if not is_done(root / job.folder)]
     if not open_jobs:
         return {}
-    folder = root / FOLDER
+    folder = root / SLURM_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    with own(folder, wait=True), _without_surrounding_job():
+    with acquire(folder, wait=True), _without_surrounding_job():
         _submit_all(root, open_jobs, options, parameters)
     _say(f"'daft-domainbed sweep status --output_dir {root}' shows how they do; their logs are in {folder}")
     return None
@@ -108,7 +83,7 @@ def list_queued(root: Path) -> dict[str, str]:
     Raises:
         RunError: Slurm does not answer.
     """
-    submissions = _read_submissions(root / FOLDER)
+    submissions = _read_submissions(root)
     if not submissions:
         return {}
     ids = ",".join(submission.job_id for submission in submissions)
@@ -128,8 +103,8 @@ class Element:
 
     Args:
         root: The sweep's folder.
-        job: Of its plan.
-        threads: Of the job.
+        job: One of its plan.
+        threads: How many the job computes with.
     """
 
     def __init__(self, root: Path, job: Job, threads: int) -> None:
@@ -195,100 +170,16 @@ def _check_programs() -> None:
         raise UsageError("--command_launcher slurm needs submitit: pip install 'daft-domainbed[slurm]'") from error
 
 
-def _make_parameters(options: Options, jobs: Sequence[Job]) -> dict[str, Any]:
-    """Return submitit's parameters, with what it does not know under `additional_parameters`.
-
-    Raises:
-        UsageError: An option is unknown, or not what the user can set, or its value cannot be.
-    """
-    from submitit import SlurmExecutor
-
-    given = {_normalise(key): value for key, value in options.slurm.items()}
-    if taken := next((key for key in given if key in _OURS), None):
-        raise UsageError(f"--slurm {taken}={given[taken]}: that is set by the launcher itself; leave it out")
-    known = SlurmExecutor._valid_parameters()
-    more = {key: value for key, value in given.items() if key not in known}
-    if more:
-        _check_known(more, known)
-    parameters = {key: _convert(key, value) for key, value in given.items() if key in known}
-    if "cpus_per_gpu" not in given:
-        parameters.setdefault("cpus_per_task", options.threads)
-        # From Slurm 22.05 on, srun does not know what sbatch was told.
-        parameters["srun_args"] = [f"--cpus-per-task={parameters['cpus_per_task']}"]
-    if not any(key in given for key in _GPU_OPTIONS) and any(job.args.device.startswith("cuda") for job in jobs):
-        parameters["gpus_per_node"] = 1
-    minutes = parameters.setdefault("time", _DEFAULT_MINUTES)
-    parameters.setdefault("signal_delay_s", min(_MOST_SECONDS_TO_SAVE, 60 * minutes // 4))
-    parameters.setdefault("array_parallelism", options.n_jobs or options.max_array_size)
-    # Read by the libraries as torch is imported.
-    parameters["setup"] = [f"export OMP_NUM_THREADS={options.threads}", *parameters.get("setup", [])]
-    parameters["additional_parameters"] = {"requeue": True} | {key: _convert(key, value) for key, value in more.items()}
-    return parameters
-
-
-def _normalise(key: str) -> str:
-    return key.lstrip("-").replace("-", "_").removeprefix("slurm_")
-
-
-def _check_known(given: Mapping[str, str], known: set[str]) -> None:
-    answer = _call("sbatch", "--help")
-    if answer.returncode:
-        raise UsageError(f"--slurm: sbatch cannot say which options it has: {_join(answer.stderr)}")
-    options = {_normalise(name) for name in re.findall(r"(?m)^\s+(?:-\w,? +)?(--[a-z][a-z-]*)", answer.stdout)}
-    for key, value in given.items():
-        if key not in options:
-            raise UsageError(
-                f"--slurm {key}={value}: neither sbatch nor submitit has such an option."
-                f"{suggest(key, sorted((options | known).difference(_OURS)))}"
-            )
-
-
-def _convert(key: str, value: str) -> Any:
-    if not value:
-        raise UsageError(f"--slurm {key}=: the value is missing, as in {key}=VALUE; a flag without one is {key}=true")
-    if key == "time":
-        return _parse_minutes(value)
-    if key in _WHOLE_NUMBERS:
-        if not value.isdecimal() or int(value) < 1:
-            raise UsageError(f"--slurm {key}={value}: has to be a whole number from 1 on")
-        return int(value)
-    if key in _LISTS:
-        return [value]
-    return True if value.lower() == "true" else value
-
-
-def _parse_minutes(text: str) -> int:
-    """Return a time in any of Slurm's forms, in minutes.
-
-    Example:
-        >>> [_parse_minutes(text) for text in ("90", "90:30", "12:00:00", "2-0", "1-06:30", "1-06:30:30")]
-        [90, 91, 720, 2880, 1830, 1831]
-    """
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
-    if match is None:
-        raise UsageError(
-            f"--slurm time={text}: write minutes, hours:minutes:seconds or days-hours:minutes:seconds; a job that "
-            f"takes longer is requeued and goes on"
-        )
-    days, *parts = match.groups()
-    is_long = days is not None or parts[2] is not None
-    hours, minutes, seconds = parts if is_long else (None, *parts[:2])
-    total = math.ceil(((int(days or 0) * 24 + int(hours or 0)) * 60) + int(minutes or 0) + int(seconds or 0) / 60)
-    if not total:
-        raise UsageError(f"--slurm time={text}: has to be a minute or more")
-    return total
-
-
 def _submit_all(root: Path, jobs: Sequence[Job], options: Options, parameters: Mapping[str, Any]) -> None:
     """Submit a stage at a time, in arrays whose jobs wait for the same arrays of the stages before."""
     queued = list_queued(root)
     if queued:
         _say(f"{len(queued)} jobs are in Slurm's queue already")
     arrays = {folder: name.partition("_")[0] for folder, name in queued.items()}
-    for stage in STAGES:
+    for stage in group_by_depth(jobs):
         groups: dict[tuple[str, ...], list[Job]] = {}
-        for job in jobs:
-            if job.stage == stage and job.folder not in queued:
+        for job in stage:
+            if job.folder not in queued:
                 groups.setdefault(tuple(sorted({arrays[need] for need in job.needs if need in arrays})), []).append(job)
         for after, group in groups.items():
             for start in range(0, len(group), options.max_array_size):
@@ -304,39 +195,46 @@ def _submit(root: Path, jobs: Sequence[Job], after: Sequence[str], threads: int,
     from submitit import SlurmExecutor
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-    stage, what = jobs[0].stage, f"{len(jobs)} {STAGE_NAMES[jobs[0].stage]}{'s' if len(jobs) > 1 else ''}"
-    folder = root / FOLDER
+    stage, what = jobs[0].stage, f"{len(jobs)} {name_job(jobs[0])}{'s' if len(jobs) > 1 else ''}"
+    folder = root / SLURM_FOLDER
     executor = SlurmExecutor(folder, max_num_timeout=_MOST_TIMEOUTS)
     # Whatever becomes of the teachers: a job marks itself as failed where its teacher has, and trains a missing one.
     waits = {"dependency": f"afterany:{':'.join(after)}"} if after else {}
     executor.update_parameters(**{"job_name": f"daft-{stage}", **parameters, **waits})
-    for job in jobs:
-        if not locks.is_claimed(root / job.folder):  # tried again
-            (root / job.folder / FAILED_FILE).unlink(missing_ok=True)
+    forget_failures(root, jobs)
     try:
         with redirect_stderr(io.StringIO()):  # submitit prints what it raises
             submitted = executor.submit_array([Element(root, job, threads) for job in jobs])
     except (FailedJobError, FailedSubmissionError) as error:
-        if "_establish_config_source" in str(error) or "ontact slurm controller" in str(error):
-            raise UsageError(
-                "--command_launcher slurm: no Slurm controller answers here; launch on a login node of the cluster, or "
-                "use local"
-            ) from error
-        hint = "; --max_array_size has to be below the cluster's MaxArraySize" if "array" in str(error).lower() else ""
-        raise RunError(f"Slurm refuses {what}: {_join(str(error))}{hint}") from error
+        raise _explain(what, error) from error
     finally:
         for leftover in (*folder.glob(".submission_file_*.sh"), *folder.glob("[0-9a-f]" * 32 + ".pkl")):
             leftover.unlink()
     job_id = submitted[0].job_id.partition("_")[0]
-    submissions = [*_read_submissions(folder), Submission(job_id, stage, [job.folder for job in jobs])]
+    submissions = [*_read_submissions(root), Submission(job_id, stage, [job.folder for job in jobs])]
     content = {"schema": SCHEMA, "submissions": [asdict(submission) for submission in submissions]}
-    checkpoints.write_text(folder / JOBS_FILE, json.dumps(content, indent=1) + "\n")
+    files.write_text(root / QUEUE_FILE, json.dumps(content, indent=1) + "\n")
     _say(f"submitted {what} as Slurm job {job_id}" + (f", after {' and '.join(after)}" if after else ""))
     return job_id
 
 
-def _read_submissions(folder: Path) -> list[Submission]:
-    path = folder / JOBS_FILE
+def _explain(what: str, error: Exception) -> Exception:
+    """Return what to raise where sbatch has refused: the options themselves, or the jobs that it was to submit."""
+    text = str(error)
+    if "_establish_config_source" in text or "ontact slurm controller" in text:
+        return UsageError(
+            "--command_launcher slurm: no Slurm controller answers here; launch on a login node of the cluster, or "
+            "use local"
+        )
+    is_sbatch = isinstance(error.__cause__, subprocess.CalledProcessError)
+    if is_sbatch and "Batch job submission failed" not in text:  # which it says of all that it has understood
+        return UsageError(f"--slurm: sbatch refuses the options: {_join(text)}; 'sbatch --help' lists those it has")
+    hint = "; --max_array_size has to be below the cluster's MaxArraySize" if "array" in text.lower() else ""
+    return RunError(f"Slurm refuses {what}: {_join(text)}{hint}")
+
+
+def _read_submissions(root: Path) -> list[Submission]:
+    path = root / QUEUE_FILE
     if not path.is_file():
         return []
     try:
@@ -364,8 +262,8 @@ def _call(*command: str) -> subprocess.CompletedProcess[str]:
 
 def _join(text: str) -> str:
     """Return what one of Slurm's commands complains of, in one line."""
-    lines = (re.sub(r"^(sbatch|squeue): (error|fatal): ", "", line.strip()) for line in text.splitlines())
-    return " ".join(filter(None, lines)) or "it gives no reason"
+    lines = (re.sub(r"^(sbatch|squeue): ((error|fatal): )?", "", line.strip()) for line in text.splitlines())
+    return " ".join(line for line in lines if line and not line.startswith("Try ")) or "it gives no reason"
 
 
 def _say(text: str) -> None:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from daft_domainbed.launch.plan import Job
-from daft_domainbed.locks import is_claimed
-from daft_domainbed.run_folder import DONE_FILE, RECORDS_FILE, RESUME_FILE
-
-FAILED_FILE = "failed"
+from daft_domainbed.launch.job import Job
+from daft_domainbed.runtime.layout import DONE_FILE, FAILED_FILE, RESUME_FILE, read_failure, read_last_record
+from daft_domainbed.runtime.locks import is_claimed
 
 Kind = Literal["done", "running", "incomplete", "failed", "waiting", "not launched"]
 KINDS: tuple[Kind, ...] = ("done", "running", "incomplete", "failed", "waiting", "not launched")
@@ -27,7 +23,7 @@ class State:
 
     Attributes:
         kind: "waiting" for a teacher that is not done; "incomplete" goes on where it was at the next launch.
-        reason: Of a failure, its first line.
+        reason: The first line of why it failed.
         step: The last one that has a record.
         seconds: What it took, once it is done.
     """
@@ -43,16 +39,15 @@ def is_done(folder: Path) -> bool:
     return (folder / DONE_FILE).is_file()
 
 
-def read_failure(folder: Path) -> str:
-    """Return why a job failed, in one line, or nothing where it did not."""
+def write_failure(folder: Path, reason: str) -> None:
+    """Write why a job failed into its folder, where `status` and the tables find it."""
     with suppress(OSError):
-        lines = (folder / FAILED_FILE).read_text(errors="replace").splitlines()
-        return lines[0] if lines else "no reason given"  # a full disk leaves an empty file
-    return ""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / FAILED_FILE).write_text(reason + "\n")
 
 
 def forget_failures(root: Path, jobs: Iterable[Job]) -> None:
-    """Have jobs that failed tried again, but for those that another process is at."""
+    """Forget why jobs failed, so that they are tried again; those that another process is at are left alone."""
     for job in jobs:
         if not is_claimed(root / job.folder):
             (root / job.folder / FAILED_FILE).unlink(missing_ok=True)
@@ -68,12 +63,12 @@ def read_states(root: Path, jobs: Iterable[Job]) -> dict[str, State]:
 def _read_state(root: Path, job: Job, done: set[str]) -> State:
     folder = root / job.folder
     if job.folder in done:
-        seconds: Any = _read_last(folder).get("seconds")
+        seconds: Any = read_last_record(folder).get("seconds")
         is_time = type(seconds) in (int, float) and 0 <= seconds < math.inf
         return State("done", seconds=seconds if is_time else None)
     if not folder.is_dir():
         return State("not launched" if done.issuperset(job.needs) else "waiting")
-    step = _read_last(folder).get("step")
+    step = read_last_record(folder).get("step")
     if is_claimed(folder):
         return State("running", step=step)
     if reason := read_failure(folder):
@@ -81,20 +76,3 @@ def _read_state(root: Path, job: Job, done: set[str]) -> State:
     if (folder / RESUME_FILE).is_file() or step is not None:
         return State("incomplete", step=step)
     return State("not launched" if done.issuperset(job.needs) else "waiting")
-
-
-def _read_last(folder: Path) -> dict[str, Any]:
-    """Return the numbers of a run's last whole record, without reading those before it."""
-    try:
-        with (folder / RECORDS_FILE).open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - 2**17))
-            lines = file.read().split(b"\n")
-    except OSError:
-        return {}
-    for line in reversed(lines):
-        with suppress(ValueError, RecursionError):
-            record = json.loads(line)
-            if isinstance(record, dict) and isinstance(record.get("step"), int):
-                return record
-    return {}

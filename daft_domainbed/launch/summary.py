@@ -1,4 +1,4 @@
-"""What a sweep's state comes to: jobs by stage and state, disk, time; for `status`, and before `launch` asks."""
+"""What a sweep's state comes to, as text: jobs by kind and state, failures, time, disk."""
 
 from __future__ import annotations
 
@@ -12,22 +12,19 @@ from pathlib import Path
 
 import torch
 
-from daft_domainbed import hparams, plugin
-from daft_domainbed.arguments import resolve_hparams
-from daft_domainbed.launch.plan import Job
+from daft_domainbed.host.contract import get_algorithm_class
+from daft_domainbed.launch.job import Job
+from daft_domainbed.launch.kinds import estimate_seconds, name_kind
 from daft_domainbed.launch.states import KINDS, State
-from daft_domainbed.randomness import preserve_states
-from daft_domainbed.run_folder import DONE_FILE
+from daft_domainbed.methods import find_method
+from daft_domainbed.runtime.durations import format_duration
+from daft_domainbed.runtime.layout import DONE_FILE
+from daft_domainbed.runtime.randomness import preserve_states
+from daft_domainbed.training.prepare import prepare
 
 _FAILURES_SHOWN = 10
 _SECONDS_OF_RATE = 3600.0
 _ANY_NUMBER_OF_CLASSES = 10  # makes no difference worth the reading of the data
-
-
-def name_kind(job: Job) -> str:
-    """Return what a job is, without its seeds: jobs of one kind take about the same time and room."""
-    what = {"erm_teacher": "ERM teacher", "aft_teacher": "AFT teacher", "student": job.args.algorithm}[job.stage]
-    return f"{what}, {job.args.dataset}"
 
 
 def format_counts(jobs: Sequence[Job], states: Mapping[str, State]) -> str:
@@ -76,36 +73,16 @@ def format_time(root: Path, jobs: Sequence[Job], states: Mapping[str, State]) ->
 
 
 def estimate_seconds_left(jobs: Sequence[Job], states: Mapping[str, State]) -> float | None:
-    """Return the work left, from the mean of the finished jobs of each kind; None while a kind has none."""
-    seconds: dict[str, list[float]] = defaultdict(list)
+    """Return the seconds of work left, of jobs that are begun only what is left of them; None while that is unknown."""
+    took: dict[str, list[float]] = defaultdict(list)
+    left: dict[str, float] = defaultdict(float)
     for job in jobs:
-        if (took := states[job.folder].seconds) is not None:
-            seconds[name_kind(job)].append(took)
-    total = 0.0
-    for job in jobs:
-        state = states[job.folder]
-        if state.kind in ("done", "failed"):
-            continue
-        if not (known := seconds[name_kind(job)]):
-            return None
-        share = 1 - (state.step or 0) / job.args.steps if job.args.steps else 1.0
-        total += share * sum(known) / len(known)
-    return total
-
-
-def format_duration(seconds: float) -> str:
-    """Return a time in the unit that suits it.
-
-    Example:
-        >>> [format_duration(seconds) for seconds in (40, 600, 7200, 400_000)]
-        ['40 s', '10 min', '2.0 h', '111 h']
-    """
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    hours = seconds / 3600
-    return f"{hours:.1f} h" if hours < 10 else f"{hours:.0f} h"
+        kind, state = name_kind(job), states[job.folder]
+        if state.seconds is not None:
+            took[kind].append(state.seconds)
+        if state.kind not in ("done", "failed"):
+            left[kind] += 1 - (state.step or 0) / job.args.steps if job.args.steps else 1.0
+    return estimate_seconds(left, took)
 
 
 def format_disk(root: Path, jobs: Sequence[Job], states: Mapping[str, State]) -> str:
@@ -141,14 +118,13 @@ def format_disk(root: Path, jobs: Sequence[Job], states: Mapping[str, State]) ->
 
 def _count_weights(job: Job) -> int | None:
     """Return how many weights a job's model has, or None where it cannot be built without its data."""
-    host = plugin.find_host(job.args.host)
     try:
-        shape = plugin.get_input_shape(host, job.args.dataset)
-        wanted = resolve_hparams(host, job.args, hparams.parse_json(job.args.hparams)) | {"weights": "none"}
-        ours = job.args.algorithm in hparams.TEACHER_KINDS  # ERM's parameters, and a teacher that is not saved
-        build = host.algorithms.ERM if ours else plugin.get_algorithm_class(host, job.args.algorithm)
+        run = prepare(job.args)
+        algorithms = run.host.algorithms
+        is_plain = find_method(job.args.algorithm).is_plain  # ERM's parameters, and a teacher that is not saved
+        build = algorithms.ERM if is_plain else get_algorithm_class(run.host, job.args.algorithm)
         with torch.device("meta"), preserve_states():
-            model = build(shape, _ANY_NUMBER_OF_CLASSES, 1, wanted)
+            model = build(run.dataset.input_shape, _ANY_NUMBER_OF_CLASSES, 1, run.hparams | {"weights": "none"})
     except Exception:  # an estimate is not worth a failure
         return None
     return sum(weight.numel() for weight in (*model.parameters(), *model.buffers()))  # each once, unlike state_dict()

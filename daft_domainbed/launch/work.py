@@ -16,14 +16,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from daft_domainbed import plugin, stopping
+from daft_domainbed import plugin
 from daft_domainbed.arguments import TrainArgs
 from daft_domainbed.cli import positive_int
-from daft_domainbed.engine import train
 from daft_domainbed.errors import DISK_FULL, RunError, UsageError
-from daft_domainbed.launch.plan import Job, read_jobs
-from daft_domainbed.launch.states import FAILED_FILE, is_done, read_failure
-from daft_domainbed.locks import Claimed, TakenOver
+from daft_domainbed.launch.job import Job
+from daft_domainbed.launch.plan_file import read_jobs
+from daft_domainbed.launch.states import is_done, write_failure
+from daft_domainbed.runtime import stopping
+from daft_domainbed.runtime.layout import FAILED_FILE, read_failure
+from daft_domainbed.runtime.locks import Claimed, TakenOver
+from daft_domainbed.training.engine import train
 
 
 @dataclass(frozen=True)
@@ -83,15 +86,8 @@ def _place(root: Path, job: Job) -> TrainArgs:
 
 def _fail(folder: Path, reason: str) -> Outcome:
     reason = " ".join(reason.split())
-    leave_failure(folder, reason)
+    write_failure(folder, reason)
     return Outcome("failed", reason)
-
-
-def leave_failure(folder: Path, reason: str) -> None:
-    """Write why a job failed into its folder, where `status` and the tables find it."""
-    with suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / FAILED_FILE).write_text(reason + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

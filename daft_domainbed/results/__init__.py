@@ -1,1 +1,1 @@
-"""Results as functions of records: reading, model selection, statistics, tables, the report. No torch in here."""
+"""Results as functions of records: reading, model selection, statistics, tables, the report. None needs torch."""

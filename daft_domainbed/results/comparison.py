@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from daft_domainbed.errors import UsageError, suggest
+from daft_domainbed.results.selection import SELECTION_WORDS
 from daft_domainbed.results.statistics import adjust_holm, bootstrap_mean, flip_signs, mean
-from daft_domainbed.results.tables import SELECTION_WORDS, Results, Table
+from daft_domainbed.results.tables import Results, Table
 
 # Of three normal samples the percentile bootstrap's 95 % interval covers the mean in 76 % of cases, of ten in 90 %; and
 # with five no sign-flip test comes below 0.05.
@@ -26,9 +27,9 @@ class Comparison:
 
     Attributes:
         dataset: Its name.
-        selection: Of the checkpoints.
+        selection: The rule that chose the checkpoints.
         first: The algorithm whose gain it is.
-        second: The one it is compared with.
+        second: The algorithm that it is compared with.
         n: Trials in which both have a number for every held-out domain.
         gain: Mean of first minus second, in points of accuracy.
         interval: 95 % interval of the gain; None for fewer than six trials, of which a bootstrap covers much less.
@@ -80,19 +81,19 @@ def _compare(table: Table, first: str, second: str) -> Comparison:
 
 
 def compare_trials(
-    table: Table, first: str, second: str, ours: Mapping[int, list[float]], theirs: Mapping[int, list[float]]
+    table: Table, first: str, second: str, of_first: Mapping[int, list[float]], of_second: Mapping[int, list[float]]
 ) -> Comparison:
     """Compare two lots of trials, which may be of two sweeps of the same data set.
 
     Args:
         table: Names data set, selection and held-out domains.
-        first: What ours are called.
-        second: What theirs are called.
-        ours: Accuracy in percent on each held-out domain, by trial.
-        theirs: The same of what they are compared with; only trials that both have count.
+        first: What those are called whose gain it is.
+        second: What they are compared with.
+        of_first: Accuracy of the first in percent on each held-out domain, by trial.
+        of_second: The same of the second; only trials that both have count.
     """
-    trials = sorted(ours.keys() & theirs.keys())
-    pairs = np.array([np.subtract(ours[trial], theirs[trial]) for trial in trials])
+    trials = sorted(of_first.keys() & of_second.keys())
+    pairs = np.array([np.subtract(of_first[trial], of_second[trial]) for trial in trials])
     gains = pairs.mean(axis=1).tolist() if trials else []
     is_tested = len(gains) > 1
     by_env: list[float | None] = pairs.mean(axis=0).tolist() if trials else [None] * len(table.environments)

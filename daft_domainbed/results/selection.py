@@ -111,3 +111,26 @@ SELECTIONS: dict[str, Callable[[Run, Sequence[Run]], Choice | None]] = {
     "leave-one-domain-out": choose_by_left_out_domains,
     "oracle": choose_by_oracle,
 }
+
+
+class Words(NamedTuple):
+    """A selection in words: its name and what it chooses."""
+
+    name: str
+    rule: str
+
+
+SELECTION_WORDS = {
+    "training-domain": Words(
+        "training-domain validation",
+        "the checkpoint with the best mean out-split accuracy over the training domains",
+    ),
+    "leave-one-domain-out": Words(
+        "leave-one-domain-out cross-validation",
+        "the step and hyperparameters that do best on training domains left out in turn",
+    ),
+    "oracle": Words(
+        "test-domain validation (oracle)",
+        "the last checkpoint; hyperparameters by the out-split of the held-out domain itself, so not a fair comparison",
+    ),
+}

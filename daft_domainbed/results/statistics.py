@@ -15,12 +15,12 @@ _AT_ONCE = 2**16
 
 
 def mean(values: Sequence[float]) -> float | None:
-    """Arithmetic mean; None of nothing."""
+    """Return the arithmetic mean; None without values."""
     return statistics.fmean(values) if values else None
 
 
 def standard_error(values: Sequence[float]) -> float | None:
-    """Standard error of the mean: sample standard deviation (ddof 1) / sqrt(n); None where n < 2.
+    """Return the standard error of the mean: sample standard deviation (ddof 1) / sqrt(n); None where n < 2.
 
     DomainBed prints the deviation with ddof 0, which is smaller by sqrt((n - 1) / n), and 0.0 for a single trial.
 
@@ -34,11 +34,11 @@ def standard_error(values: Sequence[float]) -> float | None:
 
 
 def bootstrap_mean(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean, over 10,000 resamples with a fixed seed (Efron & Tibshirani, 1993).
+    """Return the percentile bootstrap interval of the mean (Efron & Tibshirani, 1993); 10,000 resamples, fixed seed.
 
     Args:
-        values: One a trial, the unit that is resampled.
-        level: Of confidence.
+        values: A number of each trial, the unit that is resampled.
+        level: The level of confidence.
 
     Example:
         >>> bootstrap_mean([2.0, 2.0, 2.0])
@@ -51,7 +51,7 @@ def bootstrap_mean(values: Sequence[float], level: float = 0.95) -> tuple[float,
 
 
 def flip_signs(differences: Sequence[float]) -> float:
-    """Two-sided p-value of a mean difference of 0 under the random flipping of each difference's sign (Fisher, 1935).
+    """Return the two-sided p-value of a mean difference of 0, by random flips of each sign (Fisher, 1935).
 
     All 2**n sign patterns are enumerated for up to 20 differences; beyond, 100,000 are drawn with a fixed seed, and the
     observed one is counted among them.
@@ -81,7 +81,7 @@ def flip_signs(differences: Sequence[float]) -> float:
 
 
 def adjust_holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down correction (Holm, 1979): p-values that hold for the whole family of tests.
+    """Return p-values that hold for a whole family of tests, by Holm's step-down correction (Holm, 1979).
 
     Example:
         >>> adjust_holm([0.01, 0.04, 0.03])

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from daft_domainbed.cli import ArgumentParser, positive_int, run_command
 from daft_domainbed.errors import RunError, UsageError, suggest
-from daft_domainbed.stopping import Stopped
+from daft_domainbed.runtime.stopping import Stopped
 
 if TYPE_CHECKING:
     from daft_domainbed.benchmark.measure import Case
@@ -37,7 +37,9 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of `benchmark`."""
     parser = ArgumentParser(prog="daft-domainbed benchmark", doc=__doc__)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these rows; --list shows them all")
-    parser.add_argument("--repeat", type=positive_int, default=5, help="rounds; the table has their medians")
+    parser.add_argument(
+        "--repeat", type=positive_int, default=5, help="measurements of each row; the table has medians"
+    )
     parser.add_argument("--threads", type=positive_int, help="of each process; as many as there are cores by default")
     parser.add_argument(
         "--scale", choices=["full", "short", "tiny"], default="short", help="how much work; tiny tests the command only"
@@ -81,16 +83,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def measure(scratch: Path, cases: Sequence[Case], args: argparse.Namespace) -> dict[str, Any]:
     """Measure what the flags ask for, in a folder that may be written to; a row that fails does not keep the others."""
-    from daft_domainbed.benchmark.measure import (
-        Bench,
-        copy_clone,
-        describe_place,
-        get_load,
-        make_row,
-        play,
-    )
+    from daft_domainbed.benchmark.measure import make_row, take_turns
+    from daft_domainbed.benchmark.place import copy_clone, describe_place, get_load
     from daft_domainbed.benchmark.sizes import SIZES
-    from daft_domainbed.machine import count_cores
+    from daft_domainbed.benchmark.workers import Bench
+    from daft_domainbed.runtime.machine import count_cores
 
     bench = Bench(scratch, SIZES[args.scale], args.threads or count_cores(), copy_clone(scratch))
     place = describe_place()
@@ -112,7 +109,7 @@ def measure(scratch: Path, cases: Sequence[Case], args: argparse.Namespace) -> d
         began, load, error = time.monotonic(), get_load(), None
         values: Mapping[str, Any] = {}
         try:
-            values = play(case.contests(bench), args.repeat)
+            values = take_turns(case.rounds(bench), args.repeat)
         except Exception as failure:  # hours of other rows are not to be lost
             error = str(failure) or type(failure).__name__
         beside = {"load": load, "error": error}

@@ -37,13 +37,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the tables to standard output, what was left out to standard error."""
     args = build_parser().parse_args(argv)
     if args.compare and len(args.compare) < 2:
-        raise UsageError(f"--compare {args.compare[0]}: name at least two algorithms, as in --compare DAFT KD")
+        raise UsageError(f"--compare {args.compare[0]}: name at least two algorithms")
     if args.compare and args.format not in ("text", "json"):
         raise UsageError(f"--compare is printed as text or json, not as {args.format}")
 
     from daft_domainbed.results.comparison import compare, format_comparisons
-    from daft_domainbed.results.records import read_sweep
-    from daft_domainbed.results.tables import FORMATS, build_results
+    from daft_domainbed.results.formats import FORMATS
+    from daft_domainbed.results.sweeps import read_sweep
+    from daft_domainbed.results.tables import build_results
 
     sweep = read_sweep(args.input_dir)
     for note in sweep.notes:

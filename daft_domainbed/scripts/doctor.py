@@ -26,7 +26,7 @@ from pathlib import Path
 import daft_domainbed
 from daft_domainbed.cli import ArgumentParser, run_command
 from daft_domainbed.errors import UsageError
-from daft_domainbed.machine import count_cores
+from daft_domainbed.runtime.machine import count_cores
 
 CORE_PACKAGES = ("torch", "torchvision", "numpy", "safetensors", "pillow", "rich", "jinja2", "pyyaml")
 UPSTREAM_PACKAGES = ("wilds", "timm", "tqdm")
@@ -105,7 +105,7 @@ def check_torch() -> Iterator[Check]:
 
 
 def _check_compiler() -> Check:
-    from daft_domainbed.pixels import load_compiled
+    from daft_domainbed.data.color_jitter import load_compiled
 
     if load_compiled():
         return Check("machine", "C compiler", "ok", "images of folders are jittered by compiled code")
@@ -140,7 +140,7 @@ def check_embedded() -> Iterator[Check]:
     section = "embedded host"
     fix = _find_reinstallation()
     try:
-        from daft_domainbed.plugin import find_host
+        from daft_domainbed.host.contract import find_host
 
         host = find_host("embedded")
         yield Check(section, "modules", "ok", str(Path(host.algorithms.__file__ or "").parent), essential=True)
@@ -177,7 +177,7 @@ def check_upstream() -> Iterator[Check]:
     packages = list(check_packages(section, UPSTREAM_PACKAGES, essential=False))
     yield from packages
     try:
-        from daft_domainbed.plugin import find_host
+        from daft_domainbed.host.contract import find_host
 
         host = find_host("upstream")
     except Exception as error:

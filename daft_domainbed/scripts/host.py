@@ -37,20 +37,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the module as `__main__`."""
     args = build_parser().parse_args(argv)
 
-    from daft_domainbed import hparams, plugin
+    from daft_domainbed import plugin
+    from daft_domainbed.host import contract
+    from daft_domainbed.hparams import parse_json
+    from daft_domainbed.plugin import upstream
+    from daft_domainbed.plugin.defaults import check_user_hparams
+    from daft_domainbed.plugin.registry import REGISTRY
 
-    host = plugin.find_host("upstream")
+    host = contract.find_host("upstream")
     if not args.module.startswith("domainbed.") or importlib.util.find_spec(args.module) is None:
         raise UsageError(f"no module {args.module!r} in DomainBed: name one such as {TRAIN}")
     plugin.register(host)
     known, _ = _build_upstream_parser().parse_known_args(args.args)
     for name in [*known.datasets, known.dataset]:
         if name.startswith("folder:"):
-            plugin.add_folder_dataset(host, name)
-    user = hparams.parse_json(known.hparams)
+            upstream.add_folder_dataset(host, name)
+    user = REGISTRY.user_hparams = parse_json(known.hparams)
     for algorithm in [*known.algorithms, known.algorithm]:
-        plugin.get_algorithm_class(host, algorithm)
-    _check_hparams(host, known, user)
+        contract.get_algorithm_class(host, algorithm)
+    for dataset in known.datasets or [known.dataset]:
+        # Upstream would take a hyperparameter that no algorithm knows in silence.
+        facts = contract.describe_dataset(host, dataset, user)
+        check_user_hparams(host, user, host.algorithms.ALGORITHMS, facts, asked=["any registered algorithm"])
     if args.module == TRAIN:
         if {"-h", "--help"} & set(args.args):
             raise UsageError(
@@ -60,12 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         _watch_training(host, args.args)
     if args.module == SWEEP:
-        plugin.redirect_launchers(host, f"{shlex.quote(sys.executable)} -m daft_domainbed.scripts.host")
+        upstream.redirect_launchers(host, f"{shlex.quote(sys.executable)} -m daft_domainbed.scripts.host")
     argv_before, streams = sys.argv, (sys.stdout, sys.stderr)
     sys.argv = [args.module, *args.args]
     try:
-        with plugin.assuming(user):
-            runpy.run_module(args.module, run_name="__main__", alter_sys=True)
+        runpy.run_module(args.module, run_name="__main__", alter_sys=True)
     finally:
         # Upstream puts its own tees in their place and leaves them there.
         sys.argv, (sys.stdout, sys.stderr) = argv_before, streams
@@ -83,32 +90,16 @@ def _build_upstream_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check_hparams(host: Any, known: argparse.Namespace, user: dict[str, Any]) -> None:
-    """Refuse what upstream would take in silence: a hyperparameter that no registered algorithm knows."""
-    from daft_domainbed import hparams, plugin
-
-    if not user:
-        return
-    for dataset in known.datasets or [known.dataset]:
-        plugin.get_dataset_class(host, dataset)
-        names: set[str] = set()
-        for algorithm in host.algorithms.ALGORITHMS:
-            names |= plugin.get_default_hparams(host, algorithm, dataset, user).keys()
-        hparams.check_names(user, names, ["any registered algorithm"])
-        for algorithm in known.algorithms or [known.algorithm]:
-            hparams.check_values(user, plugin.get_default_hparams(host, algorithm, dataset, user))
-
-
 def _watch_training(host: Any, arguments: Sequence[str]) -> None:
     """Let the algorithm of upstream's own loop know its run, without which no teacher can be checked."""
-    from daft_domainbed import plugin
     from daft_domainbed.arguments import TrainArgs
-    from daft_domainbed.engine import follow_upstream_run
+    from daft_domainbed.plugin import upstream
     from daft_domainbed.scripts.train import build_parser as build_train_parser
+    from daft_domainbed.training.upstream_run import follow_upstream_run
 
     args = build_train_parser().parse_args(arguments)
     values = vars(args) | {"host": "upstream"}
-    plugin.watch_dataset(host, args.dataset, follow_upstream_run(TrainArgs(**values)))
+    upstream.watch_dataset(host, args.dataset, follow_upstream_run(TrainArgs(**values)))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,9 @@ from pathlib import Path
 
 from daft_domainbed.cli import ArgumentParser, non_negative_int, positive_int, run_command
 from daft_domainbed.errors import RunError
-from daft_domainbed.scripts.sweep import ALGORITHMS, add_launch_flags, launch, make_options
+from daft_domainbed.launch.sweep import launch
+from daft_domainbed.methods import COMPARED
+from daft_domainbed.scripts.sweep import add_launch_flags, make_options
 from daft_domainbed.scripts.train import add_shared_flags
 
 
@@ -26,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of `run`."""
     parser = ArgumentParser(prog="daft-domainbed run", doc=__doc__)
     parser.add_argument("--dataset", default="EmojiStyles", help="a data set's name, or folder:PATH")
-    parser.add_argument("--algorithms", nargs="+", default=ALGORITHMS, help="what is compared")
+    parser.add_argument("--algorithms", nargs="+", default=list(COMPARED), help="what is compared")
     parser.add_argument("--n_trials", type=positive_int, default=1, help="repetitions, each with its own splits")
     parser.add_argument("--n_trials_from", type=non_negative_int, default=0, help="the first of the trials")
     parser.add_argument("--n_hparams", type=positive_int, default=1, help="hyperparameter draws; the first: defaults")
@@ -43,8 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the main job."""
     args = vars(build_parser().parse_args(argv))
 
-    from daft_domainbed.launch.plan import SweepArgs
-    from daft_domainbed.provenance import name_dataset
+    from daft_domainbed.arguments import SweepArgs, name_dataset
 
     options, keep, launcher = make_options(args), args["keep"] or "all", args["command_launcher"]
     dataset = args["dataset"]

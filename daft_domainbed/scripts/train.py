@@ -24,7 +24,9 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of `train`."""
     parser = ArgumentParser(prog="daft-domainbed train", doc=__doc__)
     parser.add_argument("--dataset", default="RotatedMNIST", help="a data set's name, or folder:PATH")
-    parser.add_argument("--algorithm", default="ERM", help="ERM, KD, DAFT, AFT, or any of the host's")
+    parser.add_argument(
+        "--algorithm", default="ERM", help="one that 'daft-domainbed methods' lists, or any of the host's"
+    )
     parser.add_argument("--test_envs", type=non_negative_int, nargs="+", default=[0], help="held-out environments")
     parser.add_argument("--output_dir", default="train_output", help="the run's folder")
     parser.add_argument("--hparams_seed", type=non_negative_int, default=0, help="0: defaults; else a random draw")
@@ -68,9 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train as the flags say."""
     args = build_parser().parse_args(argv)
 
-    from daft_domainbed import stopping
     from daft_domainbed.arguments import TrainArgs
-    from daft_domainbed.engine import train
+    from daft_domainbed.runtime import stopping
+    from daft_domainbed.training.engine import train
 
     with stopping.listening(signal.SIGINT, signal.SIGTERM):
         train(TrainArgs(**vars(args)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from daft_domainbed import checkpoints, plugin, provenance
-from daft_domainbed.provenance import Request, RunFacts
+from daft_domainbed import plugin
+from daft_domainbed.arguments import TrainArgs
+from daft_domainbed.host import contract
+from daft_domainbed.models import weights
+from daft_domainbed.plugin.defaults import resolve_auto
+from daft_domainbed.teachers.facts import RunFacts, run_in_progress
+from daft_domainbed.teachers.find import find_teachers
+from tests.conftest import get_defaults
 
 Minibatches = list[tuple[Tensor, Tensor]]
 TEST_ENV = 0
@@ -24,46 +31,52 @@ class Workbench:
 
     def __init__(self, folder: Path, dataset: str) -> None:
         self.folder, self.dataset = folder, dataset
-        self.host = plugin.find_host()
-        kind = plugin.get_dataset_class(self.host, dataset)
+        self.host = contract.find_host()
+        kind = contract.get_dataset_class(self.host, dataset)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(SEED)
             data = kind(None, [TEST_ENV], {"data_augmentation": False})
         self.input_shape, self.num_classes, self.num_domains = data.input_shape, data.num_classes, len(data) - 1
         self.splits = [self.host.misc.split_dataset(env, int(0.8 * len(env)), i) for i, env in enumerate(data)]
-        self.spec = plugin.get_input_spec(self.host, dataset)
+        self.facts = contract.describe_dataset(self.host, dataset, {})
+        self.spec = self.facts.input_spec
         self.teachers: dict[str, Path] = {}
         self._numbers = itertools.count()
 
-    def get_facts(self) -> RunFacts:
-        def refuse(*args: object) -> Any:
-            raise AssertionError("a test's teacher is never trained by itself")
-
+    def get_facts(self, algorithm: str = "DAFT", hparams: dict[str, Any] | None = None) -> RunFacts:
+        args = TrainArgs(self.dataset, algorithm, seed=SEED, test_envs=[TEST_ENV], steps=10)
         return RunFacts(
-            request=Request(self.dataset, "DAFT", (TEST_ENV,), 0, SEED, 0.2, "domain_generalization", 0.0, steps=10),
+            args=args,
             user_hparams={},
+            hparams=hparams or {},
+            dataset=self.facts,
             num_classes=self.num_classes,
             input_shape=tuple(self.input_shape),
-            input_spec=self.spec,
             splits=self.splits,
             host=self.host,
             output_dir=self.folder / "run",
             teachers_dir=self.folder / "teachers",
-            train=refuse,
-            rebuild=refuse,
         )
 
     def make(self, algorithm: str, seed: int = 0, **hparams: Any) -> Any:
         """Build an algorithm inside a run, from the same random state each time."""
+
+        def refuse(args: object) -> Any:
+            raise AssertionError("a test's teacher is never trained by itself")
+
         small = {"backbone": "resnet8_w2"} if algorithm != "AFT" else {}
         if algorithm in ("AFT", "KD", "DAFT"):
             small["teacher"] = str(self.teachers["AFT" if algorithm == "DAFT" else "ERM"])
-        defaults = plugin.get_default_hparams(self.host, algorithm, self.dataset, {})
+        defaults = get_defaults(self.host, algorithm, self.dataset)
         assert hparams.keys() <= defaults.keys()
-        with torch.random.fork_rng(devices=[]), provenance.run_in_progress(self.get_facts()):
+        chosen = defaults | small | hparams
+        resolve_auto(algorithm, chosen)  # as the engine does before it looks for a teacher
+        facts = self.get_facts(algorithm, chosen)
+        facts = replace(facts, teachers=find_teachers(facts, refuse))
+        with torch.random.fork_rng(devices=[]), run_in_progress(facts):
             torch.manual_seed(seed)
-            kind = plugin.get_algorithm_class(self.host, algorithm)
-            return kind(self.input_shape, self.num_classes, self.num_domains, defaults | small | hparams)
+            kind = contract.get_algorithm_class(self.host, algorithm)
+            return kind(self.input_shape, self.num_classes, self.num_domains, facts.hparams)
 
     def save(self, model: Any, algorithm: str) -> Path:
         """Write a checkpoint as the engine would."""
@@ -74,11 +87,11 @@ class Workbench:
             "model_input_shape": tuple(self.input_shape),
             "model_num_classes": self.num_classes,
             "model_num_domains": self.num_domains,
-            "model_hparams": checkpoints.to_plain(dict(model.hparams)),
+            "model_hparams": weights.to_plain(dict(model.hparams)),
             "model_dict": model.state_dict(),
             "provenance": self.get_facts().provenance,
         }
-        checkpoints.save(content, path)
+        weights.save(content, path)
         return path
 
     def draw_minibatches(self, seed: int, size: int = 8) -> Minibatches:
@@ -124,7 +137,7 @@ def make_shared_workbench(tmp_path_factory: pytest.TempPathFactory) -> Callable[
 @pytest.fixture(autouse=True)
 def registered() -> Iterator[None]:
     """Leave the host as it was."""
-    host = plugin.find_host()
+    host = contract.find_host()
     plugin.register(host)
     yield
     plugin.unregister(host)

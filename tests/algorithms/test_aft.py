@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from daft_domainbed import attacks
-from daft_domainbed.attacks import run_pgd
-from daft_domainbed.backbones import ResNet8
 from daft_domainbed.errors import UsageError
+from daft_domainbed.functional import input_spec
+from daft_domainbed.functional.attacks import run_pgd
+from daft_domainbed.models.resnet8 import ResNet8
 
 LR, WEIGHT_DECAY = 1e-2, 1e-3
 OPTIMIZER = {"lr": LR, "weight_decay": WEIGHT_DECAY}
@@ -135,7 +135,7 @@ def test_pixels_are_attacked_through_the_backbone_against_the_label(bench: Any, 
         def loss(x: Tensor) -> Tensor:
             return F.cross_entropy(head(features(x)), y, reduction="sum")
 
-        worst = run_pgd(loss, x, eps=eps, norm=norm, steps=2, spec=attacks.INPUT_SPECS["unit"], generator=generator)
+        worst = run_pgd(loss, x, eps=eps, norm=norm, steps=2, spec=input_spec.INPUT_SPECS["unit"], generator=generator)
         assert not torch.equal(worst, x)
         return features(worst).detach()
 

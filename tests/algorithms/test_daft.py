@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from daft_domainbed import plugin
 from daft_domainbed.arguments import TrainArgs
-from daft_domainbed.engine import train
 from daft_domainbed.errors import UsageError
+from daft_domainbed.host import contract
+from daft_domainbed.training.engine import train
+from tests.conftest import get_defaults
 
 both_students = pytest.mark.parametrize("algorithm", ["KD", "DAFT"])
 
@@ -212,9 +213,9 @@ def test_kd_refuses_an_adversarially_fine_tuned_teacher(bench: Any) -> None:
 
 @pytest.mark.parametrize("algorithm", ["KD", "DAFT", "AFT"])
 def test_nothing_is_taught_outside_a_run(bench: Any, algorithm: str) -> None:
-    hparams = plugin.get_default_hparams(bench.host, algorithm, bench.dataset, {})
-    kind = plugin.get_algorithm_class(bench.host, algorithm)
-    with pytest.raises(UsageError, match=f"{algorithm} cannot check its teacher.*daft-domainbed train"):
+    hparams = get_defaults(bench.host, algorithm, bench.dataset, {})
+    kind = contract.get_algorithm_class(bench.host, algorithm)
+    with pytest.raises(UsageError, match="'teacher' cannot be checked.*daft-domainbed train"):
         kind(bench.input_shape, bench.num_classes, bench.num_domains, hparams)
 
 

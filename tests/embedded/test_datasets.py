@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from daft_domainbed.embedded import datasets
+from daft_domainbed.embedded import datasets, domains, in_memory
 from daft_domainbed.embedded.data import EMOJI_CLASSES, EMOJI_STYLES, is_unseen, load_emoji_styles
 from daft_domainbed.errors import UsageError
 
@@ -164,7 +164,7 @@ def test_rotated_mnist_deals_every_image_once_and_leaves_the_first_domain_uprigh
 def test_rotation_is_counter_clockwise() -> None:
     image = torch.zeros(1, 28, 28, dtype=torch.uint8)
     image[0, 13:15, 20:] = 255  # a hand at three o'clock
-    rotated, _ = datasets.RotatedMNIST.change(None, image, torch.zeros(1), 75)  # type: ignore[arg-type]
+    rotated, _ = in_memory.RotatedMNIST.change(None, image, torch.zeros(1), 75)  # type: ignore[arg-type]
     rows, columns = rotated[0, 0].nonzero().float().mean(0) - 13.5
     assert torch.atan2(-rows, columns).rad2deg().item() == pytest.approx(75, abs=2)
 
@@ -195,11 +195,11 @@ def test_colored_digits_deal_all_1797() -> None:
 
 def test_enlarge_is_bilinear() -> None:
     digits = torch.randint(0, 17, (50, 8, 8), dtype=torch.uint8)
-    enlarged = datasets.enlarge(digits)
+    enlarged = in_memory.enlarge(digits)
     exact = F.interpolate(digits.double()[:, None] * 255 / 16, size=28, mode="bilinear")[:, 0]
     assert (enlarged - exact).abs().max() <= 0.5 + 1e-9
-    assert torch.equal(datasets.enlarge(torch.full((1, 8, 8), 8)), torch.full((1, 28, 28), 128, dtype=torch.uint8))
-    assert datasets.enlarge(torch.full((1, 8, 8), 16)).unique().tolist() == [255]
+    assert torch.equal(in_memory.enlarge(torch.full((1, 8, 8), 8)), torch.full((1, 28, 28), 128, dtype=torch.uint8))
+    assert in_memory.enlarge(torch.full((1, 8, 8), 16)).unique().tolist() == [255]
 
 
 # Drawings.
@@ -217,7 +217,7 @@ def shift_and_flip_pixel_by_pixel(image: Tensor, flip: bool, down: int, right: i
 @given(st.lists(st.tuples(*[st.floats(0, 1, exclude_max=True, width=32)] * 3), min_size=1, max_size=4))
 def test_shift_and_flip_pixel_by_pixel(draws: list[tuple[float, float, float]]) -> None:
     images = torch.randint(0, 256, (len(draws), 3, 6, 7), dtype=torch.uint8)
-    moved = datasets.shift_and_flip(images, torch.tensor(draws))
+    moved = domains.shift_and_flip(images, torch.tensor(draws))
     for image, result, (flip, vertical, horizontal) in zip(images, moved, draws, strict=True):
         down, right = (4 - int(np.float32(9) * np.float32(draw)) for draw in (vertical, horizontal))
         assert torch.equal(result, shift_and_flip_pixel_by_pixel(image, flip < 0.5, down, right))
@@ -226,7 +226,7 @@ def test_shift_and_flip_pixel_by_pixel(draws: list[tuple[float, float, float]]) 
 def test_largest_draw_shifts_by_four() -> None:
     image = torch.arange(64, dtype=torch.uint8).view(1, 1, 8, 8)
     largest = torch.nextafter(torch.tensor(1.0), torch.tensor(0.0)).expand(1, 3)
-    moved = datasets.shift_and_flip(image, largest)
+    moved = domains.shift_and_flip(image, largest)
     assert torch.equal(moved[..., :4, :4], image[..., 4:, 4:])
 
 

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from daft_domainbed import plugin
+from daft_domainbed.host import contract
 
 NO_CLONE = "DOMAINBED_ROOT is not set: no clone of DomainBed to compare with"
 
@@ -34,9 +35,9 @@ def hash_files(root: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def upstream(clone: str) -> Iterator[plugin.Host]:
+def upstream(clone: str) -> Iterator[contract.Host]:
     """DomainBed itself, left as it was found."""
-    host = plugin.find_host("upstream")
+    host = contract.find_host("upstream")
     plugin.unregister(host)
     yield host
     plugin.unregister(host)

@@ -18,9 +18,9 @@ import pytest
 import torch
 import torchvision
 
-from daft_domainbed import checkpoints
 from daft_domainbed.arguments import TrainArgs
-from daft_domainbed.engine import train
+from daft_domainbed.models import weights
+from daft_domainbed.training.engine import train
 
 pytestmark = pytest.mark.usefixtures("upstream")  # which takes back what our engine registers
 
@@ -149,7 +149,7 @@ def start_upstream(args: dict[str, Any], folder: Path, clone: str, *, needs_runn
     command = [sys.executable, *(["-c", RUNNER] if needs_runner else ["-m", "domainbed.scripts.train"])]
     for name, value in args.items():
         command += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    ours = str(Path(checkpoints.__file__).parents[1])
+    ours = str(Path(weights.__file__).parents[2])
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([clone, ours]),
         "PYTHONDONTWRITEBYTECODE": "1",
@@ -172,7 +172,7 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
     for our, their in zip(read_records(ours), read_records(theirs), strict=True):
         assert {k: v for k, v in our.items() if k not in APART} == {k: v for k, v in their.items() if k not in APART}
         assert their["hparams"].items() <= our["hparams"].items()
-    our_model, their_model = (checkpoints.load(folder / "model.pkl") for folder in (ours, theirs))
+    our_model, their_model = (weights.load(folder / "model.pkl") for folder in (ours, theirs))
     our_weights, their_weights = our_model["model_dict"], their_model["model_dict"]
     assert our_weights.keys() == their_weights.keys()
     assert [name for name in our_weights if not torch.equal(our_weights[name], their_weights[name])] == []

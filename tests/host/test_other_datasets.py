@@ -14,10 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
-from daft_domainbed import checkpoints, plugin
+from daft_domainbed.arguments import TrainArgs
+from daft_domainbed.data.splits import build_data
 from daft_domainbed.errors import UsageError
-from daft_domainbed.provenance import Request, describe
-from daft_domainbed.splits import build_data
+from daft_domainbed.host import contract
+from daft_domainbed.models import weights
+from daft_domainbed.teachers.provenance import describe
 
 pytestmark = pytest.mark.usefixtures("upstream")
 
@@ -107,10 +109,10 @@ def train(tiny: Any, layouts: str) -> Callable[..., Path]:
 
 
 def fingerprint_all(dataset: str, root: str) -> dict[str, str]:
-    host = plugin.find_host("upstream")
-    request = Request(dataset, "ERM", (0,), 0, 0, 0.5, "domain_generalization", 0.0, 3, data_dir=root)
-    data = build_data(host, request, {"data_augmentation": True}, plugin.get_dataset_class(host, dataset))
-    prints: dict[str, str] = describe(request, data.dataset.num_classes, (), data.list_splits())["fingerprints"]
+    host = contract.find_host("upstream")
+    args = TrainArgs(dataset, holdout_fraction=0.5, steps=3, data_dir=root)
+    data = build_data(host, args, {"data_augmentation": True}, contract.get_dataset_class(host, dataset))
+    prints: dict[str, str] = describe(args, data.dataset.num_classes, (), data.list_splits())["fingerprints"]
     return prints
 
 
@@ -121,12 +123,12 @@ def test_a_run_on_it_is_recorded_by_its_domains(
 ) -> None:
     folder = train("run", dataset=dataset, test_envs=[1])
     first, last = records(folder)
-    environments = plugin.get_environments(plugin.find_host("upstream"), dataset)
+    environments = list(contract.describe_dataset(contract.find_host("upstream"), dataset, {}).environments)
     assert (first["step"], last["step"]) == (0, 2)
     assert first["environments"] == environments
     accuracies = {name for name in last if name.endswith("_acc")}
     assert accuracies == {f"env{i}_{part}_acc" for i in range(len(environments)) for part in ("in", "out")}
-    content = checkpoints.load(folder / "model.pkl")
+    content = weights.load(folder / "model.pkl")
     assert (content["model_num_classes"], content["model_num_domains"]) == (N_CLASSES[dataset], len(environments) - 1)
     assert len(set(content["provenance"]["fingerprints"].values())) == 2 * len(environments)
 
@@ -150,7 +152,7 @@ def test_students_of_every_seed_share_a_teacher_that_was_made_for_them(
 def test_a_plain_checkpoint_teaches_only_who_holds_out_what_it_did(train: Callable[..., Path]) -> None:
     flags = {"dataset": "WILDSCamelyon", "test_envs": [2]}
     checkpoint = train("erm", **flags) / "model.pkl"
-    content = checkpoints.load(checkpoint)
+    content = weights.load(checkpoint)
     del content["provenance"]  # as DomainBed's own have none: it is worked out from the arguments
     torch.save(content, checkpoint)
     given = {"teacher": str(checkpoint)}

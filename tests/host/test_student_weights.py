@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from daft_domainbed.arguments import TrainArgs
-from daft_domainbed.engine import train
+from daft_domainbed.training.engine import train
 
 # Run in the clone, by an interpreter that cannot import this package.
 READER = """

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from daft_domainbed import plugin, resume
+from daft_domainbed.host import contract
+from daft_domainbed.training import resume
 
 pytestmark = pytest.mark.usefixtures("upstream")
 
@@ -75,5 +76,5 @@ def test_nothing_of_ours_is_left_unsaved(tiny: Any, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(resume, "capture", watch)
     tiny.train(host="upstream", algorithm=algorithm, steps=2)
     assert captured[-1] == (algorithm, [])
-    host = plugin.find_host("upstream")
+    host = contract.find_host("upstream")
     assert issubclass(host.algorithms.get_algorithm_class(algorithm), host.algorithms.Algorithm)

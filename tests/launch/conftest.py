@@ -12,11 +12,15 @@ import pytest
 import torch
 
 from daft_domainbed import plugin
+from daft_domainbed.arguments import SweepArgs
+from daft_domainbed.host import contract
+from daft_domainbed.launch.job import Job
 from daft_domainbed.launch.options import Options
-from daft_domainbed.launch.plan import Job, SweepArgs, make_plan, write_plan
+from daft_domainbed.launch.plan import make_plan
+from daft_domainbed.launch.plan_file import write_plan
 from daft_domainbed.launch.schedule import Observer
 from daft_domainbed.launch.work import do_job
-from daft_domainbed.randomness import preserve_states
+from daft_domainbed.runtime.randomness import preserve_states
 from tests.conftest import HPARAMS, TEACHER_HPARAMS
 
 
@@ -61,7 +65,7 @@ def preserving() -> Iterator[None]:
     with preserve_states():
         yield
     torch.set_num_threads(threads)
-    plugin.unregister(plugin.find_host())
+    plugin.unregister(contract.find_host())
 
 
 @pytest.fixture

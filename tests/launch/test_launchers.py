@@ -14,15 +14,16 @@ from typing import Any
 
 import pytest
 
-from daft_domainbed import plugin, stopping
+from daft_domainbed import plugin
 from daft_domainbed.errors import UsageError
+from daft_domainbed.host import contract
 from daft_domainbed.launch import launchers, work
+from daft_domainbed.launch.job import Job
 from daft_domainbed.launch.launchers import find_launcher, make_command
 from daft_domainbed.launch.options import Options
-from daft_domainbed.launch.plan import STAGES, Job
-from daft_domainbed.launch.states import is_done
-from daft_domainbed.launch.work import leave_failure
-from daft_domainbed.stopping import Stopped
+from daft_domainbed.launch.states import is_done, write_failure
+from daft_domainbed.runtime import stopping
+from daft_domainbed.runtime.stopping import Stopped
 from tests.launch.conftest import plan
 from tests.launch.test_local import Diary
 
@@ -129,7 +130,9 @@ def test_entry_point_is_given_a_stage_at_a_time(tmp_path: Path, own: Own) -> Non
         assert all(do_command(command) == 0 for command in commands)
 
     assert launch(own(run), tmp_path, jobs) == {}
-    assert stages == [[job.folder for job in jobs if job.stage == stage] for stage in STAGES]
+    assert stages == [
+        [job.folder for job in jobs if job.stage == stage] for stage in ("erm_teacher", "aft_teacher", "student")
+    ]
     assert all(is_done(tmp_path / job.folder) for job in jobs)
     # Again: there is nothing to do, and nobody is troubled.
     assert launch(own(run), tmp_path, jobs) == {}
@@ -169,7 +172,7 @@ def test_failures_of_an_earlier_launch_are_forgotten(tmp_path: Path, own: Own) -
     """They are neither this launch's, nor do they keep its students from waiting for their teachers."""
     jobs = plan(tmp_path, "KD")
     for job in jobs:
-        leave_failure(tmp_path / job.folder, "no luck")
+        write_failure(tmp_path / job.folder, "no luck")
     queue: list[str] = []
     assert launch(own(queue.extend), tmp_path, jobs) is None
     assert not list(tmp_path.rglob("failed"))
@@ -198,7 +201,7 @@ def registry() -> Iterator[dict[str, Any]]:
     """The launchers of the user's clone of DomainBed."""
     if not os.environ.get("DOMAINBED_ROOT"):
         pytest.skip("DOMAINBED_ROOT is not set: no clone of DomainBed")
-    host = plugin.find_host("upstream")
+    host = contract.find_host("upstream")
     plugin.unregister(host)
     yield importlib.import_module("domainbed.command_launchers").REGISTRY
     plugin.unregister(host)

@@ -15,10 +15,12 @@ from typing import Any
 
 import pytest
 
+from daft_domainbed.arguments import SweepArgs
 from daft_domainbed.errors import UsageError
+from daft_domainbed.launch.job import Job
 from daft_domainbed.launch.local import list_gpus, run_local, run_multi_gpu
 from daft_domainbed.launch.options import Options
-from daft_domainbed.launch.plan import Job, SweepArgs, make_plan
+from daft_domainbed.launch.plan import make_plan
 
 TINY = {"batch_size": 8, "backbone": "resnet8_w2", "teacher_backbone": "resnet8_w4"}
 CLOCKS = {"step_time", "seconds", "started"}

@@ -9,18 +9,12 @@ from typing import Any
 import pytest
 
 from daft_domainbed import hparams
+from daft_domainbed.arguments import SweepArgs
 from daft_domainbed.embedded.misc import seed_hash
 from daft_domainbed.errors import UsageError
-from daft_domainbed.launch.plan import (
-    Job,
-    SweepArgs,
-    check_plan,
-    list_test_envs,
-    make_plan,
-    read_jobs,
-    read_sweep_args,
-    write_plan,
-)
+from daft_domainbed.launch.job import Job
+from daft_domainbed.launch.plan import list_test_envs, make_plan
+from daft_domainbed.launch.plan_file import check_plan, read_jobs, read_sweep_args, write_plan
 
 TINY = {"batch_size": 8, "backbone": "resnet8_w2", "teacher_backbone": "resnet8_w4"}
 

@@ -7,13 +7,13 @@ import pytest
 from rich.console import Console
 
 from daft_domainbed.arguments import TrainArgs
-from daft_domainbed.launch.plan import Job, Stage
+from daft_domainbed.launch.job import Job
 from daft_domainbed.launch.progress import SweepProgress
 
 ENVIRONMENTS = {"EmojiStyles": ["noto", "twemoji", "openmoji", "contrast"]}
 
 
-def make_job(stage: Stage, algorithm: str, test_envs: list[int], hparams_seed: int = 0, trial_seed: int = 0) -> Job:
+def make_job(stage: str, algorithm: str, test_envs: list[int], hparams_seed: int = 0, trial_seed: int = 0) -> Job:
     args = TrainArgs(
         dataset="EmojiStyles",
         algorithm=algorithm,
@@ -45,6 +45,7 @@ def make() -> Callable[..., tuple[SweepProgress, io.StringIO]]:
 def test_job_is_named_by_stage_domains_trial_and_draw(make: Callable[..., tuple[SweepProgress, io.StringIO]]) -> None:
     progress, _ = make()
     assert progress.describe(TEACHERS[3]) == "ERM teacher, contrast held out, trial 0"
+    assert progress.describe(make_job("mine_teacher", "Mine", [1])) == "Mine teacher, twemoji held out, trial 0"
     assert progress.describe(make_job("aft_teacher", "AFT", [0], trial_seed=2)) == "AFT teacher, noto held out, trial 2"
     pair = make_job("student", "DAFT", [0, 2], hparams_seed=5)
     assert progress.describe(pair) == "DAFT student, noto and openmoji held out, trial 0, draw 5"
@@ -62,7 +63,7 @@ def test_elsewhere_than_on_a_terminal_each_end_is_one_plain_line(
             progress.end(job, failure, 12.4)
         progress.end(STUDENTS[2], "its teacher failed", 0.0)  # never started
     assert text.getvalue().splitlines() == [
-        "[1/8] ERM student, noto held out, trial 0: done in 12 s",
+        "[1/8] ERM student, noto held out, trial 0: done in 12.4 s",
         "[2/8] ERM student, twemoji held out, trial 0: FAILED: the loss is nan, at step 3 of a long explanation",
         "[3/8] ERM student, openmoji held out, trial 0: FAILED: its teacher failed",
     ]
@@ -95,12 +96,12 @@ def test_time_left_is_each_kinds_mean_times_its_number_over_the_jobs_at_a_time(
     progress.end(TEACHERS[1], None, 140.0)
     progress.end(STUDENTS[0], None, 10.0)
     # 2 teachers of 120 s, 3 students of 10 s: 270 s, two at a time 135 s.
-    assert progress.estimate_time_left() == "about 2 min left"
+    assert progress.estimate_time_left() == "about 2 min 15 s left"
     progress.end(TEACHERS[2], None, 60.0)
     progress.end(TEACHERS[3], "failed", 1.0)  # says nothing of how long one takes
     progress.end(STUDENTS[1], None, 20.0)
     # 2 students of 15 s, two at a time.
-    assert progress.estimate_time_left() == "about 15 s left"
+    assert progress.estimate_time_left() == "about 15.0 s left"
     progress.end(STUDENTS[2], None, 15.0)
     progress.end(STUDENTS[3], None, 15.0)
     assert progress.estimate_time_left() == ""

@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 
+from daft_domainbed.arguments import SweepArgs
 from daft_domainbed.errors import UsageError
+from daft_domainbed.launch.job import Job
 from daft_domainbed.launch.local import run_local
 from daft_domainbed.launch.options import Options
-from daft_domainbed.launch.plan import Job, SweepArgs, make_plan
+from daft_domainbed.launch.plan import make_plan
 from daft_domainbed.launch.ray import run_ray
 from daft_domainbed.launch.schedule import Observer
 
@@ -62,9 +64,9 @@ def plan(root: Path, steps: int = 6, **user: Any) -> list[Job]:
 
 
 def read_weights(root: Path, jobs: list[Job]) -> list[bytes]:
-    from daft_domainbed import checkpoints
+    from daft_domainbed.models import weights
 
-    models = [checkpoints.load(root / job.folder / "model.pkl")["model_dict"] for job in jobs]
+    models = [weights.load(root / job.folder / "model.pkl")["model_dict"] for job in jobs]
     return [b"".join(weight.numpy().tobytes() for weight in model.values()) for model in models]
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from daft_domainbed import plugin
-from daft_domainbed.launch.plan import Job
+from daft_domainbed.host import contract
+from daft_domainbed.launch.job import Job
 from daft_domainbed.launch.retention import remove_weights
 from daft_domainbed.launch.states import is_done, read_states
-from daft_domainbed.locks import claim
+from daft_domainbed.runtime.locks import claim
 from tests.launch.conftest import plan, preserving, run_here
 
 Outcome = Callable[[Path], dict[str, str]]
@@ -138,7 +138,7 @@ def test_stopped_while_a_removed_teacher_is_trained_again(
     root = tmp_path / "sweep"
     remove_weights(root, jobs, [])
     kd = get(plan(root, "KD", n_hparams_from=1, n_hparams=2), "KD")
-    original, left = plugin.find_host().algorithms.ERM.update, 2
+    original, left = contract.find_host().algorithms.ERM.update, 2
 
     def update(self: object, *args: object) -> object:
         nonlocal left
@@ -148,7 +148,7 @@ def test_stopped_while_a_removed_teacher_is_trained_again(
         return original(self, *args)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(plugin.find_host().algorithms.ERM, "update", update)
+        patch.setattr(contract.find_host().algorithms.ERM, "update", update)
         run_here(root, [kd])
     assert read_states(root, jobs)[get(jobs, "erm_teacher").folder].kind == "incomplete"
     assert run_here(root, [kd]) == {}

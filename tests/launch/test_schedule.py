@@ -14,14 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from daft_domainbed import locks, stopping
 from daft_domainbed.arguments import TrainArgs
 from daft_domainbed.launch import schedule
-from daft_domainbed.launch.plan import Job
+from daft_domainbed.launch.job import Job
 from daft_domainbed.launch.schedule import Ended, Progress, run_graph
 from daft_domainbed.launch.states import read_failure
 from daft_domainbed.launch.work import Outcome
-from daft_domainbed.stopping import Stopped
+from daft_domainbed.runtime import locks, stopping
+from daft_domainbed.runtime.stopping import Stopped
 
 
 @dataclass

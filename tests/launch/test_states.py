@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from daft_domainbed.arguments import TrainArgs
-from daft_domainbed.launch.plan import Job
+from daft_domainbed.launch.job import Job
 from daft_domainbed.launch.states import State, forget_failures, is_done, read_failure, read_states
 from daft_domainbed.launch.work import do_job
-from daft_domainbed.locks import claim
-from daft_domainbed.stopping import Stopped
+from daft_domainbed.runtime.locks import claim
+from daft_domainbed.runtime.stopping import Stopped
 from tests.conftest import HPARAMS, Tiny
 
 
@@ -66,7 +66,7 @@ def test_running_until_it_is_killed(tiny: Tiny, job: Job, start_script: Callable
 import time
 from pathlib import Path
 from daft_domainbed.arguments import TrainArgs
-from daft_domainbed.engine import train
+from daft_domainbed.training.engine import train
 def on_step(step, n_steps):
     if step == 4:
         Path({str(tiny.root / "hangs")!r}).touch()
@@ -83,13 +83,13 @@ train(TrainArgs(**{tiny.make_flags()!r}), quiet=True, on_step=on_step)
 
 
 def test_incomplete_before_its_first_record(tiny: Tiny, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    from daft_domainbed import plugin
+    from daft_domainbed.host import contract
 
     def fail(*args: object) -> None:
         raise Stopped("before anything was learnt")
 
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(plugin.find_host().algorithms.ERM, "update", fail)
+        patch.setattr(contract.find_host().algorithms.ERM, "update", fail)
         tiny.train()
     assert read_state(tiny, job) == State("incomplete")
 

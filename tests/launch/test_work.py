@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from daft_domainbed import locks, plugin, stopping
-from daft_domainbed.launch import work
-from daft_domainbed.launch.plan import Job
+from daft_domainbed.host import contract
+from daft_domainbed.launch import states, work
+from daft_domainbed.launch.job import Job
 from daft_domainbed.launch.work import Outcome, do_job
+from daft_domainbed.runtime import locks, stopping
 from tests.launch.conftest import plan
 
 Read = Callable[[Path], dict[str, str]]
@@ -108,9 +109,9 @@ def make_code(root: Path, job: Job, at: int) -> str:
     return f"""
 import os, signal, sys
 sys.stderr = open({str(root / "log")!r}, "w")
-from daft_domainbed import plugin
+from daft_domainbed.host.contract import find_host
 from daft_domainbed.launch import work
-kind, left = plugin.find_host().algorithms.ERM, {at}
+kind, left = find_host().algorithms.ERM, {at}
 update = kind.update
 def update_and_hit(self, *args):
     global left
@@ -146,7 +147,7 @@ def test_stopped_is_143_and_it_goes_on(
 def test_student_of_a_failed_teacher_is_failed_and_not_trained(tmp_path: Path, jobs: list[Job]) -> None:
     root = tmp_path / "sweep"
     teacher, student = jobs
-    work.leave_failure(root / teacher.folder, "no luck")
+    states.write_failure(root / teacher.folder, "no luck")
     reason = f"its teacher {teacher.folder} failed"
     assert do_job(root, student, threads=1) == Outcome("failed", reason)
     assert list_names(root / student.folder) == {"failed"}
@@ -186,7 +187,7 @@ def test_mistake_in_an_algorithm_leaves_its_traceback(
         raise ValueError("shape\nmismatch")
 
     with monkeypatch.context() as patch:
-        patch.setattr(plugin.find_host().algorithms.ERM, "update", fail)
+        patch.setattr(contract.find_host().algorithms.ERM, "update", fail)
         ended = do_job(tmp_path / "sweep", jobs[0], threads=1)
     folder = tmp_path / "sweep" / jobs[0].folder
     assert ended == Outcome("failed", "ValueError: shape mismatch (traceback in its err.txt)")

@@ -11,6 +11,10 @@ from typing import Any
 
 import pytest
 
+from daft_domainbed.results.formats import FORMATS, to_json
+from daft_domainbed.results.sweeps import read_sweep
+from daft_domainbed.results.tables import build_results
+
 Accs = Mapping[int, Sequence[tuple[float, float]]]  # step -> (in, out) of each environment
 
 
@@ -200,3 +204,27 @@ def fill_full_sweep(sweep: SweepMaker, trials: int = 2) -> Path:
 def full_sweep(sweep: SweepMaker) -> SweepMaker:
     fill_full_sweep(sweep)
     return sweep
+
+
+def read_json(root: Path) -> dict:
+    return to_json(build_results(read_sweep(root)))
+
+
+def find_row(data: dict, selection: str, algorithm: str, role: str = "student") -> dict:
+    (table,) = [table for table in data["tables"] if table["selection"] == selection]
+    (row,) = [row for row in table["rows"] if (row["algorithm"], row["role"]) == (algorithm, role)]
+    return row
+
+
+def print_as(name: str, root: Path) -> str:
+    return FORMATS[name](build_results(read_sweep(root)))
+
+
+def find_job(sweep: SweepMaker, algorithm: str, env: int, trial: int, stage: str = "student") -> dict:
+    (job,) = [
+        job
+        for job in sweep.jobs
+        if (job["stage"], job["args"]["algorithm"]) == (stage, algorithm)
+        and (job["args"]["test_envs"], job["args"]["trial_seed"]) == ([env], trial)
+    ]
+    return job

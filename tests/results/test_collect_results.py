@@ -7,7 +7,7 @@ import json
 import pytest
 
 from daft_domainbed.errors import UsageError
-from daft_domainbed.results.tables import FORMATS
+from daft_domainbed.results.formats import FORMATS
 from daft_domainbed.scripts.collect_results import build_parser, main
 
 

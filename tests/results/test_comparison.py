@@ -10,7 +10,7 @@ import pytest
 from daft_domainbed.cli import run_command
 from daft_domainbed.errors import UsageError
 from daft_domainbed.results.comparison import compare, format_comparisons
-from daft_domainbed.results.records import read_sweep
+from daft_domainbed.results.sweeps import read_sweep
 from daft_domainbed.results.tables import build_results
 from tests.results.conftest import SweepMaker, fill_full_sweep
 

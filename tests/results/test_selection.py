@@ -9,8 +9,8 @@ import random
 import numpy as np
 import pytest
 
-from daft_domainbed.results.records import read_sweep
 from daft_domainbed.results.selection import SELECTIONS, Group, choose, group_runs
+from daft_domainbed.results.sweeps import read_sweep
 
 
 def choose_in(sweep, selection, test_env=0):

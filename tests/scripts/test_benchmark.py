@@ -20,19 +20,24 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from daft_domainbed import checkpoints, plugin
-from daft_domainbed.arguments import TrainArgs, prepare
-from daft_domainbed.attacks import INPUT_SPECS, run_pgd
+from daft_domainbed.arguments import TrainArgs
 from daft_domainbed.benchmark import bare, inputs
 from daft_domainbed.benchmark.cases import CASES
-from daft_domainbed.benchmark.growth import AFT_TEACHERS, Machine, count_jobs, estimate_sweep
-from daft_domainbed.benchmark.measure import Bench, Case, Contests, Goal, copy_clone, make_row, play
-from daft_domainbed.benchmark.shares import PHASES, Stopwatch, profile_jobs
+from daft_domainbed.benchmark.growth import count_jobs
+from daft_domainbed.benchmark.measure import Case, Goal, Rounds, make_row, take_turns
+from daft_domainbed.benchmark.place import copy_clone
+from daft_domainbed.benchmark.shares import profile_jobs
 from daft_domainbed.benchmark.sizes import RECORDS_PER_FOLDER, SIZES
+from daft_domainbed.benchmark.stopwatch import PHASES, Stopwatch
+from daft_domainbed.benchmark.workers import Bench
 from daft_domainbed.cli import run_command
+from daft_domainbed.data.loaders import make_eval_stream
 from daft_domainbed.errors import RunError, UsageError
-from daft_domainbed.loaders import make_eval_stream
-from daft_domainbed.results.records import read_sweep
+from daft_domainbed.functional.attacks import run_pgd
+from daft_domainbed.functional.input_spec import INPUT_SPECS
+from daft_domainbed.host import checkpoints, contract
+from daft_domainbed.results.sweeps import read_sweep
+from daft_domainbed.training.prepare import prepare
 
 ROWS = [
     *("small_job", "many_jobs", "digits", "digits_fast", "daft_step", "aft_features", "aft_pixels", "folder"),
@@ -70,14 +75,14 @@ def test_unknown_row(capsys: pytest.CaptureFixture[str]) -> None:
 def test_row_that_fails_does_not_keep_the_others(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(bench: Bench) -> Contests:
+    def fail(bench: Bench) -> Rounds:
         yield {"ours": lambda: {"step": bench.call("inputs:lost")}}
 
-    def do(bench: Bench) -> Contests:
+    def do(bench: Bench) -> Rounds:
         yield {"ours": lambda: {"step": 1.0}}
 
-    for name, contests in (("small_job", fail), ("many_jobs", do)):
-        monkeypatch.setitem(CASES, name, Case(name, "about", "bare", (Goal("step", "s", None, 2),), contests))
+    for name, rounds in (("small_job", fail), ("many_jobs", do)):
+        monkeypatch.setitem(CASES, name, Case(name, "about", "bare", (Goal("step", "s", None, 2),), rounds))
     assert run_command("benchmark", ["--only", "small_job", "many_jobs", "--format", "json"]) == 1
     captured = capsys.readouterr()
     failed, done = json.loads(captured.out)["rows"]
@@ -147,7 +152,7 @@ def check_row(row: dict[str, Any], n: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["small_job", "daft_step"])
 def test_row_can_be_measured(name: str, bench: Bench) -> None:
-    values = play(CASES[name].contests(bench), repeat=1)
+    values = take_turns(CASES[name].rounds(bench), repeat=1)
     for goal in CASES[name].goals:
         row = make_row(CASES[name], goal, values[goal.metric])
         check_row(row, n=1)
@@ -168,7 +173,7 @@ class Rehearsal(Bench):
             for job in ("", "a", "b", "c"):
                 (folder / job).mkdir(exist_ok=True)
                 (folder / job / "done").touch()
-            (folder / "results.jsonl").write_text('{"step_time": 1.0}\n')
+            (folder / "results.jsonl").write_text('{"step": 0, "step_time": 1.0}\n')
         return 1.0
 
     def watch(self, module: str, *args: object, with_host: bool = False) -> dict[str, float]:
@@ -193,7 +198,7 @@ class Rehearsal(Bench):
 @pytest.mark.parametrize("name", ROWS)
 def test_rows_ask_for_what_there_is(name: str, has_clone: bool, tmp_path: Path) -> None:
     bench = Rehearsal(tmp_path, SIZES["tiny"], threads=1, clone=tmp_path if has_clone else None)
-    values = play(CASES[name].contests(bench), repeat=2)
+    values = take_turns(CASES[name].rounds(bench), repeat=2)
     has_host = {"small_job", "many_jobs", "digits", "folder", "folder_cached", "collect_results"}
     for goal in CASES[name].goals:
         row = make_row(CASES[name], goal, values[goal.metric])
@@ -207,7 +212,7 @@ def test_rows_ask_for_what_there_is(name: str, has_clone: bool, tmp_path: Path) 
 @pytest.mark.parametrize("name", ["folder", "collect_results"])
 def test_column_of_the_host(name: str, tmp_path: Path) -> None:
     bench = Bench(tmp_path, SIZES["tiny"], threads=1, clone=copy_clone(tmp_path))
-    values = play(CASES[name].contests(bench), repeat=1)
+    values = take_turns(CASES[name].rounds(bench), repeat=1)
     row = make_row(CASES[name], CASES[name].goals[0], values["rate"])
     check_row(row, n=1)
     assert row["host"] > 0
@@ -229,7 +234,7 @@ class Recorder:
         self.batches: list[tuple[Tensor, Tensor]] = []
         self.start: list[Tensor] = []
         self.losses: list[float] = []
-        erm = plugin.find_host().algorithms.ERM
+        erm = contract.find_host().algorithms.ERM
         update = erm.update
 
         def record(algorithm: Any, minibatches: Any, unlabeled: Any = None) -> dict[str, float]:
@@ -267,7 +272,7 @@ def test_bare_steps_are_the_engines(dataset: str, tiny: Any, tmp_path: Path, mon
 
 
 def test_bare_evaluation_is_the_hosts() -> None:
-    misc = plugin.find_host().misc
+    misc = contract.find_host().misc
     torch.manual_seed(0)
     network, images, labels = bare.DigitsNetwork(3, 2), torch.randn(150, 3, 28, 28), torch.randint(2, (150,))
     network.predict = network.forward  # type: ignore[assignment]
@@ -308,7 +313,7 @@ def test_bare_fine_tuning_needs_five_forward_passes_as_aft_does(tiny: Any, monke
         bare.fine_tune("resnet8_w2", batch=4, attack_steps=3, on_step=stop)
     of_bare = list(passes)
     passes.clear()
-    aft = plugin.find_host().algorithms.AFT
+    aft = contract.find_host().algorithms.AFT
     update = aft.update
     monkeypatch.setattr(aft, "update", lambda *args: passes.clear() or update(*args) | {"passes": len(passes)})
     hparams = {"aft_attack": "pixels", "aft_attack_steps": 3, "teacher": str(teacher)}
@@ -330,8 +335,8 @@ def test_batches_are_of_every_domain() -> None:
 
 def test_digits_are_read_alike(tmp_path: Path) -> None:
     root = inputs.write_digits(tmp_path, 70)
-    images, labels = plugin.find_host().datasets.RotatedMNIST.read_digits(
-        object.__new__(plugin.find_host().datasets.RotatedMNIST), str(root)
+    images, labels = contract.find_host().datasets.RotatedMNIST.read_digits(
+        object.__new__(contract.find_host().datasets.RotatedMNIST), str(root)
     )
     domains = bare.read_digits(str(root))
     assert torch.equal(images[::6].unsqueeze(1), domains[0][0])
@@ -350,15 +355,15 @@ def test_records_are_a_sweeps(tmp_path: Path) -> None:
 # --- how it is measured ---------------------------------------------------------------------------------------------
 
 
-def test_columns_take_turns_and_close_before_the_next_contest() -> None:
+def test_columns_take_turns_and_close_before_the_next_round() -> None:
     order: list[str] = []
 
-    def contests() -> Contests:
+    def rounds() -> Rounds:
         yield {"ours": lambda: {"x": order.append("ours") or 1.0}, "bare": lambda: {"x": order.append("bare") or 2.0}}
         order.append("closed")
         yield {"host": lambda: {"x": order.append("host") or 3.0, "y": 4.0}}
 
-    values = play(contests(), repeat=2)
+    values = take_turns(rounds(), repeat=2)
     assert order == ["ours", "bare", "bare", "ours", "closed", "host", "host"]
     assert values == {"x": {"ours": [1, 1], "bare": [2, 2], "host": [3, 3]}, "y": {"host": [4, 4]}}
 
@@ -376,7 +381,7 @@ def test_columns_take_turns_and_close_before_the_next_contest() -> None:
     ],
 )
 def test_row_has_medians_and_is_judged(goal: Goal, text: str, ratio: float | None, met: bool | None) -> None:
-    case = Case("name", "about", "limit", (goal,), lambda bench: (contest for contest in ()))
+    case = Case("name", "about", "limit", (goal,), lambda bench: (one for one in ()))
     row = make_row(case, goal, {"ours": [9, 2, 1], "host": [5, 4, 100]})
     assert (row["ours"], row["host"], row["bare"], row["n"]) == (2, 5, None, 3)
     assert (row["goal"], row["ratio"], row["met"]) == (text, ratio, met)
@@ -399,10 +404,10 @@ def test_what_fails_is_named(bench: Bench) -> None:
 
 
 def test_loop_advances_when_it_is_told_to(bench: Bench) -> None:
-    with bench.pace("bare:answer", backbone="resnet8_w2", batch=1) as player:
-        assert [len(player.advance(n)) for n in (1, 3)] == [1, 3]
-        assert player.take_median(3) > 0
-        process = player.process
+    with bench.pace("bare:answer", backbone="resnet8_w2", batch=1) as worker:
+        assert [len(worker.advance(n)) for n in (1, 3)] == [1, 3]
+        assert worker.take_median(3) > 0
+        process = worker.process
     assert process.returncode is not None
 
 
@@ -419,7 +424,7 @@ class Work:
 
 def test_seconds_belong_to_the_innermost_phase(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(100))
-    monkeypatch.setattr("daft_domainbed.benchmark.shares.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("daft_domainbed.benchmark.stopwatch.time.perf_counter", lambda: next(clock))
     watch = Stopwatch()
     for name, phase in (("outer", "evaluation"), ("__iter__", "data")):
         monkeypatch.setattr(Work, name, getattr(Work, name))
@@ -445,22 +450,5 @@ def test_time_of_three_jobs_is_divided(bench: Bench) -> None:
 def test_jobs_are_counted(tiny: Any) -> None:
     counted = count_jobs(draws=1)
     # Ten sets of test domains, three trials, three algorithms; KD and DAFT share the ERM teacher of each.
-    assert (counted["students"], counted["erm_teachers"], counted["aft_teachers"]) == (90, 30, 30)
-
-
-@pytest.mark.slow
-def test_draws_that_differ_are_as_many_as_the_estimate_has(tiny: Any) -> None:
-    counted = count_jobs(draws=20)
-    assert counted["aft_teachers"] == 10 * AFT_TEACHERS
-
-
-def test_estimate_of_the_sweep() -> None:
-    eight, many = estimate_sweep(Machine(), 8), estimate_sweep(Machine(), 10**6)
-    # 22 held-out domains, three trials: 3 x 20 students and an ERM teacher each, and the AFT teachers.
-    assert eight["jobs"] == 22 * (3 * 3 * 20 + 3 + AFT_TEACHERS)
-    assert eight["hours"] * 8 == pytest.approx(eight["gpu_hours"])
-    assert many["hours"] > many["gpu_hours"] / 10**6  # ERM teacher, AFT teacher, student: one after the other
-    assert estimate_sweep(Machine(cores=16), 8)["hours"] < eight["hours"]
-    one = Machine(start=0)
-    two = Machine(student=2 * one.student, teacher=2 * one.teacher, read=2 * one.read, start=0)
-    assert estimate_sweep(two, 8)["hours"] == pytest.approx(estimate_sweep(one, 8)["hours"] / 2)
+    assert (counted["student"], counted["erm_teacher"], counted["aft_teacher"]) == (90, 30, 30)
+    assert counted["taught_per_teacher"] == 1

@@ -20,9 +20,12 @@ import pytest
 
 from daft_domainbed.cli import run_command
 from daft_domainbed.launch import launchers, work
-from daft_domainbed.launch.plan import PLAN_FILE, Job, make_plan, read_jobs, read_sweep_args, write_plan
-from daft_domainbed.launch.states import read_states
-from daft_domainbed.locks import claim
+from daft_domainbed.launch.job import Job
+from daft_domainbed.launch.plan import make_plan
+from daft_domainbed.launch.plan_file import read_jobs, read_sweep_args, write_plan
+from daft_domainbed.launch.states import read_states, write_failure
+from daft_domainbed.runtime.layout import PLAN_FILE
+from daft_domainbed.runtime.locks import claim
 from tests.conftest import HPARAMS, TEACHER_HPARAMS
 from tests.launch.conftest import make_sweep, preserving, run_here
 from tests.launch.test_local import list_group, wait_until
@@ -82,7 +85,7 @@ def read_tree(root: Path) -> dict[Path, int]:
 @pytest.fixture
 def sweep(tmp_path: Path, capfd: Capture, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sweep]:
     """A sweep yet to be launched, in a folder of its own."""
-    monkeypatch.setitem(launchers._OURS, "here", lambda: run_here)
+    monkeypatch.setitem(launchers._BUILT_IN, "here", lambda: run_here)
     monkeypatch.chdir(tmp_path)
     with preserving():
         yield Sweep(tmp_path / "sweep", capfd)
@@ -93,7 +96,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished sweep of ERM and KD that nothing disturbed; not to be written to."""
     root = tmp_path_factory.mktemp("reference")
     with preserving(), pytest.MonkeyPatch.context() as patch:
-        patch.setitem(launchers._OURS, "here", lambda: run_here)
+        patch.setitem(launchers._BUILT_IN, "here", lambda: run_here)
         argv = ["launch", "--output_dir", str(root), "--command_launcher", "here", "--skip_confirmation", *KD, *SMALL]
         assert run_command("sweep", argv) == 0
     return root
@@ -156,7 +159,7 @@ def test_threads_are_the_sweeps(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -
         seen.append(options.threads)
         return run_here(root, jobs[:1])
 
-    monkeypatch.setitem(launchers._OURS, "here", lambda: run)
+    monkeypatch.setitem(launchers._BUILT_IN, "here", lambda: run)
     sweep.launch(*ERM, *SMALL, "--threads", "2")
     sweep.launch()
     assert seen == [2, 2]
@@ -421,7 +424,7 @@ def test_launch_flags_of_a_config_are_text_as_slurm_takes_it(
     def run(root: Path, jobs: Sequence[Job], options: Any, observer: Any) -> None:
         seen.append(options)
 
-    monkeypatch.setitem(launchers._OURS, "here", lambda: run)
+    monkeypatch.setitem(launchers._BUILT_IN, "here", lambda: run)
     text = CONFIG + "n_jobs: 3\nthreads: 2\nmax_array_size: 50\nray_address: 10.0.0.1:6379\n"
     assert sweep("launch", "--config", str(write_config(text)))[0] == 0
     (options,) = seen
@@ -464,7 +467,8 @@ def test_config_that_is_not_there(sweep: Sweep, tmp_path: Path) -> None:
     "study", sorted(path.parent.name for path in Path(__file__).parents[2].glob("sweeps/*/sweep.yaml"))
 )
 def test_studies_of_the_repository_are_read(study: str) -> None:
-    from daft_domainbed.scripts.sweep import collect_sweep_args, read_config
+    from daft_domainbed.launch.sweep import collect_sweep_args
+    from daft_domainbed.scripts.sweep import read_config
 
     args = collect_sweep_args(read_config(Path(__file__).parents[2] / "sweeps" / study / "sweep.yaml", "launch"))
     assert args.datasets and args.algorithms
@@ -489,7 +493,7 @@ def motley(sweep: Sweep) -> Iterator[dict[str, str]]:
     for job in students[1:]:
         with pytest.raises(KeyboardInterrupt):
             work.do_job(sweep.root, job, threads=1, on_step=stop)
-    work.leave_failure(sweep.root / jobs[0].folder, "no luck")
+    write_failure(sweep.root / jobs[0].folder, "no luck")
     folders = {
         "done": students[0].folder,
         "incomplete": students[1].folder,
@@ -576,7 +580,7 @@ def test_store_that_other_sweeps_share_is_left_alone(sweep: Sweep, tmp_path: Pat
     flags = ["--skip_confirmation", "--command_launcher", "dummy", "--teachers_dir", str(tmp_path / "store")]
     sweep("launch", *KD, *SMALL, *flags)
     for job in (sweep.jobs[0], sweep.jobs[-1]):
-        work.leave_failure(sweep.root / job.folder, "no luck")
+        write_failure(sweep.root / job.folder, "no luck")
     assert sweep.jobs[0].folder.startswith(str(tmp_path / "store"))
     _, out, _ = sweep("delete_incomplete", "--skip_confirmation")
     assert out == "deleted 1 incomplete runs\n"

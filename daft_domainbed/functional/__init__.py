@@ -1,0 +1,1 @@
+"""Pure functions of logits, inputs and features: losses, attacks, normalisations."""

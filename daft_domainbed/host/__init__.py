@@ -1,0 +1,1 @@
+"""What a host is, and its checkpoints as models again."""

@@ -1,0 +1,142 @@
+"""The plan of a sweep in its folder: written, read again, grown; never turned into another sweep's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from daft_domainbed.arguments import SweepArgs, TrainArgs, get_defaults, get_identity, list_differences
+from daft_domainbed.errors import UsageError
+from daft_domainbed.host.contract import describe_dataset, find_host
+from daft_domainbed.hparams import parse_json
+from daft_domainbed.launch.job import Job
+from daft_domainbed.runtime.files import write_text
+from daft_domainbed.runtime.layout import PLAN_FILE, QUEUE_FILE, RECORDS_FILE
+from daft_domainbed.runtime.locks import acquire, is_claimed
+
+SCHEMA = 1
+
+
+def _merge(old: Iterable[str], new: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys([*old, *new]))
+
+
+# These may grow from one launch of a sweep to the next; with anything else changed it would be another sweep.
+_MAY_GROW: dict[str, Callable[[Any, Any], Any]] = {
+    "datasets": _merge,
+    "algorithms": _merge,
+    "n_trials": max,
+    "n_trials_from": min,
+    "n_hparams": max,
+    "n_hparams_from": min,
+}
+
+
+def write_plan(sweep: SweepArgs, jobs: list[Job]) -> None:
+    """Store a sweep's plan in its folder; a sweep may grow, but not become another one.
+
+    Raises:
+        UsageError: The folder holds a sweep with other arguments.
+    """
+    root = Path(sweep.output_dir)
+    root.mkdir(parents=True, exist_ok=True)
+    with acquire(root, wait=True):  # another launch may be writing it
+        _write_plan(root / PLAN_FILE, sweep, jobs)
+
+
+def check_plan(sweep: SweepArgs) -> None:
+    """Make sure that a sweep's folder holds no other sweep.
+
+    Raises:
+        UsageError: It does.
+    """
+    _read_begun(Path(sweep.output_dir) / PLAN_FILE, sweep)
+
+
+def _read_begun(path: Path, sweep: SweepArgs) -> dict[str, Any] | None:
+    """Return the stored plan that a sweep grows from, or None where there is none of which anything came."""
+    old = _read_plan(path)
+    is_queued = (path.parent / QUEUE_FILE).is_file()
+    if old is None or not (is_queued or any(_is_begun(path.parent / job["folder"]) for job in old["jobs"])):
+        return None  # most likely it was a mistake
+    _check_growth(old["args"], sweep, path.parent)
+    return old
+
+
+def _write_plan(path: Path, sweep: SweepArgs, jobs: list[Job]) -> None:
+    args, old = get_identity(sweep), _read_begun(path, sweep)
+    host, user = find_host(sweep.host), parse_json(sweep.hparams)
+    environments = {name: list(describe_dataset(host, name, user).environments) for name in sweep.datasets}
+    known = {job.folder for job in jobs}
+    content = {
+        "schema": SCHEMA,
+        "args": args
+        | ({name: merge(old["args"][name], args[name]) for name, merge in _MAY_GROW.items()} if old else {}),
+        "environments": (old or {}).get("environments", {}) | environments,
+        "jobs": [asdict(job) for job in jobs]
+        + [job for job in (old or {}).get("jobs", []) if job["folder"] not in known],
+    }
+    write_text(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
+
+
+def _is_begun(folder: Path) -> bool:
+    return (folder / RECORDS_FILE).is_file() or is_claimed(folder)
+
+
+def read_sweep_args(root: Path) -> dict[str, Any]:
+    """Return the arguments that a stored sweep was planned with, without what does not make it another sweep.
+
+    Raises:
+        UsageError: The folder has no plan, or one that cannot be read.
+    """
+    args: dict[str, Any] = _read_stored(root)["args"]
+    return args
+
+
+def read_jobs(root: Path) -> list[Job]:
+    """Return the jobs of a stored plan, teachers before those that need them.
+
+    Raises:
+        UsageError: The folder has no plan, or one that cannot be read.
+    """
+    try:
+        return [Job(**job | {"args": TrainArgs(**job["args"])}) for job in _read_stored(root)["jobs"]]
+    except TypeError as error:
+        raise UsageError(f"{root / PLAN_FILE} is of another version ({error}): launch the sweep again") from error
+
+
+def _read_stored(root: Path) -> dict[str, Any]:
+    plan = _read_plan(root / PLAN_FILE)
+    if plan is None:
+        raise UsageError(f"{root} holds no sweep: it has no {PLAN_FILE}; 'daft-domainbed sweep launch' writes it")
+    return plan
+
+
+def _read_plan(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        plan: dict[str, Any] = json.loads(path.read_text())
+        plan["args"] = get_defaults(SweepArgs) | dict(plan["args"])  # an older plan lacks what came later
+        plan["jobs"] = [job | {"folder": job["folder"]} for job in plan["jobs"]]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UsageError(f"{path} is no plan of a sweep ({error}): delete it, the runs beside it are kept") from error
+    return plan
+
+
+def _check_growth(old: dict[str, Any], sweep: SweepArgs, folder: Path) -> None:
+    for name in ("n_trials", "n_hparams"):
+        first, end = getattr(sweep, f"{name}_from"), getattr(sweep, name)
+        # An empty range has a message of its own.
+        if first < end and (first > old[name] or end < old[f"{name}_from"]):
+            raise UsageError(
+                f"{folder} holds {name[2:]} {old[f'{name}_from']} to {old[name] - 1}, and {first} to {end - 1} would "
+                f"leave a gap: fill it with --{name}_from, or choose another --output_dir"
+            )
+    if different := list_differences(old, sweep, ignored=tuple(_MAY_GROW)):
+        raise UsageError(
+            f"{folder} holds a sweep with other arguments ({'; '.join(different)}): choose another --output_dir"
+        )

@@ -1,0 +1,189 @@
+"""A whole sweep: launched, shown, cleaned."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from daft_domainbed.errors import RunError, UsageError
+from daft_domainbed.methods import COMPARED, STUDENT
+
+if TYPE_CHECKING:
+    from daft_domainbed.arguments import SweepArgs
+    from daft_domainbed.launch.job import Job
+    from daft_domainbed.launch.options import Options
+
+
+def collect_sweep_args(given: dict[str, Any]) -> SweepArgs:
+    """Return a sweep's arguments: those given, else those that its folder was begun with, else the defaults.
+
+    Raises:
+        UsageError: No data set is named.
+    """
+    from daft_domainbed.arguments import PLACES, SweepArgs
+    from daft_domainbed.launch.plan_file import read_jobs, read_sweep_args
+    from daft_domainbed.runtime.layout import PLAN_FILE, TEACHERS_FOLDER
+
+    names = {field.name for field in fields(SweepArgs)}
+    values: dict[str, Any] = {"algorithms": list(COMPARED)}
+    root = Path(given["output_dir"])
+    if (root / PLAN_FILE).is_file():
+        values = {name: value for name, value in read_sweep_args(root).items() if name in names}
+        student = next(job.args for job in read_jobs(root) if job.stage == STUDENT)
+        values |= {name: getattr(student, name) for name in PLACES}
+        if Path(student.teachers_dir or "") == Path(student.output_dir).parent / TEACHERS_FOLDER:
+            del values["teachers_dir"]  # the sweep's own, which moves with it
+    values |= {name: value for name, value in given.items() if name in names}
+    if not values.get("datasets"):
+        raise UsageError("--datasets is needed, as in --datasets EmojiStyles; 'daft-domainbed doctor' lists them")
+    return SweepArgs(**values)
+
+
+def launch(sweep: SweepArgs, options: Options, *, launcher: str, ask: bool, keep: str = "all") -> bool:
+    """Plan a sweep and run what is not done of it; return whether that was allowed.
+
+    Raises:
+        UsageError: The sweep, or the launcher, cannot be.
+        RunError: A job failed; the others were run nevertheless.
+        Stopped: By a signal; the jobs that were running have saved where they are.
+    """
+    from daft_domainbed.launch.launchers import find_launcher
+    from daft_domainbed.launch.plan import make_plan
+    from daft_domainbed.launch.plan_file import check_plan, write_plan
+    from daft_domainbed.launch.progress import SweepProgress
+    from daft_domainbed.launch.states import is_done
+    from daft_domainbed.runtime import stopping
+
+    run, options = find_launcher(launcher, sweep.host), replace(options, threads=sweep.threads)
+    check_plan(sweep)
+    jobs = make_plan(sweep)
+    root = Path(sweep.output_dir)
+    waiting = [job for job in jobs if not is_done(root / job.folder)]
+    if ask and launcher != "dummy":
+        _print_summary(root, jobs)
+        if waiting and not _confirm(f"Launch {len(waiting)} jobs with {launcher}?"):
+            return False
+    write_plan(sweep, jobs)
+    environments = _name_environments(sweep)
+    with (
+        stopping.listening(signal.SIGINT, signal.SIGTERM),
+        SweepProgress(jobs, len(jobs) - len(waiting), options.n_jobs or 1, environments) as progress,
+    ):
+        progress.plan(waiting)
+        failures = run(root, jobs, options, progress)
+    if failures:
+        folder, reason = next(iter(failures.items()))
+        raise RunError(f"{len(failures)} of {len(jobs)} jobs failed, the first in {root / folder}: {reason}")
+    if keep == "chosen" and failures is not None:
+        _keep_chosen(root)
+    if not waiting:
+        print(f"all {len(jobs)} jobs are done", file=sys.stderr)
+    return True
+
+
+def _name_environments(sweep: SweepArgs) -> dict[str, list[str]]:
+    from daft_domainbed.host.contract import describe_dataset, find_host
+    from daft_domainbed.hparams import parse_json
+
+    host, user = find_host(sweep.host), parse_json(sweep.hparams)
+    return {name: list(describe_dataset(host, name, user).environments) for name in sweep.datasets}
+
+
+def show_status(root: Path) -> None:
+    """Print how a sweep stands: jobs by kind and state, failures, rate, time left, disk.
+
+    Raises:
+        UsageError: The folder holds no sweep.
+    """
+    from daft_domainbed.launch import slurm
+    from daft_domainbed.launch.plan_file import read_jobs
+    from daft_domainbed.runtime.layout import QUEUE_FILE
+
+    _print_summary(root, read_jobs(root))
+    if (root / QUEUE_FILE).is_file() and shutil.which("squeue"):
+        print(f"in Slurm's queue: {len(slurm.list_queued(root))} jobs, waiting or running")
+
+
+def delete_incomplete(root: Path, *, ask: bool) -> None:
+    """Remove the folders of runs that were begun and are not done, after asking; those at work are left alone.
+
+    Raises:
+        UsageError: The folder holds no sweep.
+    """
+    from daft_domainbed.launch.plan_file import read_jobs
+    from daft_domainbed.launch.states import is_done, read_states
+    from daft_domainbed.runtime import locks
+
+    jobs = read_jobs(root)
+    states = read_states(root, jobs)
+    kinds = ("incomplete", "failed")
+    # A store outside the sweep is others', too.
+    folders = [
+        root / job.folder for job in jobs if states[job.folder].kind in kinds and not Path(job.folder).is_absolute()
+    ]
+    if not folders:
+        print("nothing is incomplete")
+        return
+    if ask:
+        _print_summary(root, jobs)
+        if not _confirm(f"Delete {len(folders)} incomplete runs, with all that they have learnt?"):
+            return
+    n_deleted = 0
+    for folder in folders:
+        with suppress(locks.Claimed), locks.claim(folder):
+            if is_done(folder):  # by another launch, in the meantime
+                continue
+            for path in folder.iterdir():
+                if path.name != locks.LOCK_FILE:  # by which the folder is ours until it is empty
+                    path.unlink()
+            n_deleted += 1
+        with suppress(OSError):  # somebody has begun anew
+            folder.rmdir()
+    print(f"deleted {n_deleted} incomplete runs")
+
+
+def _print_summary(root: Path, jobs: Sequence[Job]) -> None:
+    from daft_domainbed.launch import summary
+    from daft_domainbed.launch.states import read_states
+
+    states = read_states(root, jobs)
+    parts = (
+        f"{root}: {len(jobs)} jobs",
+        summary.format_counts(jobs, states),
+        summary.format_failures(jobs, states),
+        summary.format_time(root, jobs, states),
+        summary.format_disk(root, jobs, states),
+    )
+    print("\n".join(filter(None, parts)), flush=True)
+
+
+def _confirm(question: str) -> bool:
+    print(f"{question} (y/n) ", end="", file=sys.stderr, flush=True)
+    try:
+        answer = input()
+    except EOFError:
+        print(file=sys.stderr)
+        raise UsageError("nobody is there to answer: add --skip_confirmation") from None
+    if answer.strip().lower() in ("y", "yes"):
+        return True
+    print("nothing was done, as you wished", file=sys.stderr)
+    return False
+
+
+def _keep_chosen(root: Path) -> None:
+    from daft_domainbed.launch.plan_file import read_jobs
+    from daft_domainbed.launch.retention import remove_weights
+    from daft_domainbed.launch.summary import format_bytes
+    from daft_domainbed.results.selection import SELECTIONS, choose, group_runs
+    from daft_domainbed.results.sweeps import read_sweep
+
+    groups = group_runs(read_sweep(root).runs)
+    choices = [choose(rule, runs, group.test_env) for group, runs in groups.items() for rule in SELECTIONS]
+    freed = remove_weights(root, read_jobs(root), {choice.run.folder for choice in choices if choice})
+    print(f"removed the weights that no selection chose: {format_bytes(freed)}", file=sys.stderr)

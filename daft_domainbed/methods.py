@@ -1,0 +1,121 @@
+"""The table of methods: where each is written, and which models it learns from. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A frozen model that a method learns from, or starts from.
+
+    Attributes:
+        kind: The method that makes it; None is any pretrained network, which nobody has to train.
+        prefix: Names the slot, and begins the names of the hyperparameters that describe it.
+        passes: Prefixes of the hyperparameters that are handed on to the job that makes it.
+        steps: The hyperparameter that says how many updates that job takes; by default `<prefix>_steps`. Where it is
+            another one, its "auto" is a quarter of those.
+        starts: Whether the method starts from its weights, and so has its architecture.
+    """
+
+    kind: str | None
+    prefix: str = "teacher"
+    passes: tuple[str, ...] = ()
+    steps: str = ""
+    starts: bool = False
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table.
+
+    Attributes:
+        file: Its module in `daft_domainbed.algorithms`, where its class has its name; nothing where the host has it.
+        slots: The models that it learns from.
+        is_plain: Whether its weights are those of plain ERM, so that they load into the host's ERM.
+        distilled_by: The method whose students learn from its models; a student of plain teachers refuses them.
+        mixin: The class, where the user added it.
+        hparams: Its hyperparameters, where the user added it.
+    """
+
+    file: str = ""
+    slots: tuple[Slot, ...] = ()
+    is_plain: bool = True
+    distilled_by: str = ""
+    mixin: type | None = None
+    hparams: Mapping[str, Any] | None = None
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is a mixin over the host's ERM, and none of the host's own algorithms."""
+        return bool(self.file) or self.mixin is not None
+
+    @property
+    def has_own_architecture(self) -> bool:
+        """Whether its backbone is chosen for it, not given by a model that it starts from."""
+        return not any(slot.starts for slot in self.slots)
+
+
+METHODS: dict[str, Method] = {
+    "ERM": Method(),
+    "SMA": Method("sma", is_plain=False),
+    "AFT": Method("aft", (Slot("ERM", starts=True),), distilled_by="DAFT"),
+    "KD": Method("daft", (Slot("ERM"),)),
+    "DAFT": Method("daft", (Slot("AFT", passes=("aft_", "teacher"), steps="aft_steps"),)),
+}
+
+PLAIN = "ERM"  # the host's own, which ours are mixins over
+COMPARED = ("ERM", "KD", "DAFT")  # what `run` and `sweep` train unless they are told
+
+STUDENT, EVALUATION = "student", "evaluation"  # stages that make no teacher
+
+
+def find_method(algorithm: str) -> Method:
+    """Return an algorithm's row; the host's own algorithms have none but ERM, and weights that are their own."""
+    return METHODS.get(algorithm, Method(is_plain=False))
+
+
+def load_class(algorithm: str) -> Any:
+    """Return the class of one of our methods, or of the user's own; the one place where a name becomes a class."""
+    method = METHODS[algorithm]
+    return method.mixin or getattr(import_module(f"daft_domainbed.algorithms.{method.file}"), algorithm)
+
+
+def list_ours() -> Iterator[str]:
+    """Yield the names of all methods that are added to a host."""
+    return (name for name, method in METHODS.items() if method.is_ours)
+
+
+def list_stages(algorithm: str) -> list[str]:
+    """Return an algorithm and those that make its teachers.
+
+    Example:
+        >>> list_stages("DAFT")
+        ['DAFT', 'AFT', 'ERM']
+    """
+    kinds = [slot.kind for slot in find_method(algorithm).slots if slot.kind]
+    return list(dict.fromkeys([algorithm, *(stage for kind in kinds for stage in list_stages(kind))]))
+
+
+def find_distiller(kind: str) -> str:
+    """Return the method whose students learn from models of a kind.
+
+    Example:
+        >>> find_distiller("AFT"), find_distiller("ERM")
+        ('DAFT', 'KD')
+    """
+    plain = next(name for name, method in METHODS.items() if method.slots == (Slot(PLAIN),))
+    return find_method(kind).distilled_by or plain
+
+
+def name_stage(algorithm: str) -> str:
+    """Return the stage of a job that makes a teacher, as plans store it.
+
+    Example:
+        >>> name_stage("AFT")
+        'aft_teacher'
+    """
+    return f"{algorithm.lower()}_teacher"

@@ -1,0 +1,140 @@
+"""Networks by name: our small ResNets, torchvision's and timm's models, as featurizers that a host accepts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from daft_domainbed.errors import UsageError
+from daft_domainbed.functional.input_spec import INPUT_SPECS, InputSpec
+from daft_domainbed.models.feature_memory import FeatureMemory
+from daft_domainbed.models.frozen import freeze, remember
+from daft_domainbed.models.pretrained import build_timm, build_torchvision
+from daft_domainbed.models.resnet8 import ResNet8
+from daft_domainbed.models.weights import load_weights
+
+IMAGENET = INPUT_SPECS["imagenet"]
+_RESNET8 = re.compile(r"resnet8_w(\d+)")
+
+
+def build_backbone(
+    name: str,
+    input_shape: Sequence[int],
+    weights: str = "pretrained",
+    side: int | None = None,
+    input_spec: InputSpec = IMAGENET,
+) -> nn.Module:
+    """Build a featurizer by name, with its number of features as `n_outputs`.
+
+    Args:
+        name: `resnet8_w<N>`, a torchvision model, or `timm/<name>`.
+        input_shape: (C, H, W).
+        weights: "pretrained", "none", or a file of the backbone's state dict; resnet8 has only the latter two.
+        side: Pixels to which a torchvision or timm backbone resizes its input; None leaves it.
+        input_spec: How the data set normalised its images; such a backbone normalises them anew in its own way.
+
+    Raises:
+        UsageError: Unknown name, weights that cannot be had or do not fit, or an input the network cannot take.
+    """
+    if match := _RESNET8.fullmatch(name):
+        if int(match[1]) == 0:
+            raise UsageError(f"backbone {name!r} has no channels: its width has to be at least 1, as in 'resnet8_w8'")
+        network: nn.Module = ResNet8(input_shape[0], int(match[1]))
+        return network if weights in ("pretrained", "none") else _load_into(network, Path(weights), name)
+    if input_shape[0] != 3:
+        raise UsageError(f"backbone {name!r} takes 3 channels, the data have {input_shape[0]}: use resnet8_w<N>")
+    network = build_timm(name, weights) if name.startswith("timm/") else build_torchvision(name, weights)
+    if weights not in ("pretrained", "none"):
+        _load_into(network, Path(weights), name)
+    return HeadlessBackbone(network, side, input_spec, _get_network_spec(network), input_shape, name)
+
+
+def freeze_backbone(backbone: nn.Module) -> nn.Module:
+    """Freeze a backbone in place; one of torchvision or timm, which is expensive, remembers its features."""
+    return remember(backbone, FeatureMemory()) if isinstance(backbone, HeadlessBackbone) else freeze(backbone)
+
+
+class HeadlessBackbone(nn.Module):
+    """A model of torchvision or timm without its head, given images of the size and normalisation that it knows.
+
+    Args:
+        network: Maps images to features.
+        side: Pixels to which images are resized first; None leaves them.
+        data_spec: How the data set normalised its images.
+        network_spec: How the images were normalised that the network's weights were trained on.
+        input_shape: The data set's, (C, H, W).
+        name: The backbone's, for messages.
+    """
+
+    rebuilt = ("data_spec", "network_spec")  # nothing that a resumed run would miss
+
+    def __init__(
+        self,
+        network: nn.Module,
+        side: int | None,
+        data_spec: InputSpec,
+        network_spec: InputSpec,
+        input_shape: Sequence[int],
+        name: str,
+    ) -> None:
+        super().__init__()
+        self.network, self.side = network, side
+        self.data_spec, self.network_spec = data_spec, network_spec
+        shape = input_shape if side is None else (input_shape[0], side, side)
+        self.n_outputs = _count_features(network, shape, name)
+
+    def _get_name(self) -> str:
+        return "_Headless"  # as the class was once called: the repr is in the names of files in a feature cache
+
+    def extra_repr(self) -> str:
+        """Return what the repr says beside the layers; the words are as old as the files that are named by it."""
+        return f"side={self.side}, theirs={self.data_spec}, ours={self.network_spec}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Encode images, [B, C, H, W], as the data set normalised them, into features, [B, D]."""
+        if self.side is not None and x.shape[-1] != self.side:
+            x = F.interpolate(x, size=(self.side, self.side), mode="bilinear", align_corners=False)
+        if self.data_spec.has_box and self.data_spec != self.network_spec:
+            scale, shift = self.data_spec.get_std(x), self.data_spec.get_mean(x)
+            x = (x * scale + shift - self.network_spec.get_mean(x)) / self.network_spec.get_std(x)
+        return self.network(x).flatten(1)
+
+
+def _get_network_spec(network: nn.Module) -> InputSpec:
+    """Return the normalisation that a network's pretrained weights expect; torchvision's are all ImageNet's."""
+    config = getattr(network, "pretrained_cfg", None) or {}
+    return InputSpec(tuple(config["mean"]), tuple(config["std"])) if "mean" in config else IMAGENET
+
+
+def _count_features(network: nn.Module, input_shape: Sequence[int], name: str) -> int:
+    """Return how many features one image has: no attribute tells, and it can depend on the image's size."""
+    was_training = network.training
+    network.eval()
+    try:
+        with torch.no_grad():
+            features = network(torch.zeros(1, *input_shape)).flatten(1)
+    except Exception as error:  # each library refuses a size in its own way
+        reason = " ".join(str(error).split())[:100]
+        size = " x ".join(map(str, input_shape[1:]))
+        raise UsageError(f"backbone {name!r} does not take {size} pixels ({reason}): choose another") from error
+    network.train(was_training)
+    return features.shape[1]
+
+
+def _load_into(network: nn.Module, path: Path, name: str) -> nn.Module:
+    state = load_weights(path)
+    wanted = network.state_dict()
+    head = {key: value for key, value in state.items() if key in wanted}
+    missing = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
+    if missing:
+        raise UsageError(f"{path} does not fit backbone {name!r}: it lacks {missing[0]} and {len(missing) - 1} more")
+    try:
+        network.load_state_dict(head, strict=False)
+    except RuntimeError as error:
+        raise UsageError(f"{path} does not fit backbone {name!r}: {' '.join(str(error).split())[:160]}") from error
+    return network

@@ -1,0 +1,135 @@
+"""How a file of weights is written so that a crash loses nothing, and read so that it can do no harm."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import pickle
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from daft_domainbed.errors import UsageError
+from daft_domainbed.runtime.files import writing_atomically
+
+# Upstream's random hyperparameters are NumPy scalars; these are all that a checkpoint may hold beside plain types.
+_NUMPY_SCALARS = [
+    np.dtype,
+    np._core.multiarray.scalar if hasattr(np, "_core") else np.core.multiarray.scalar,  # type: ignore[attr-defined]
+    *{type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?")},
+]
+if hasattr(np, "_core"):  # the same function under the name that NumPy 1.x wrote into its pickles
+    _NUMPY_SCALARS.append((np._core.multiarray.scalar, "numpy.core.multiarray.scalar"))
+
+
+def save(content: Mapping[str, Any], path: Path) -> None:
+    """Save tensors and plain types with `torch.save`, in one indivisible step."""
+    with writing_atomically(path) as file:
+        try:
+            torch.save(dict(content), file)
+        except RuntimeError as error:  # torch's zip writer hides the disk's own error behind this one
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Load a file that `torch.save` wrote, without ever running code from it.
+
+    The archive's checksums are verified first: torch itself does not, so a flipped bit would load as other weights.
+    Torch is then given what was verified, and nothing else: it reads some damaged archives in its own way.
+
+    Raises:
+        UsageError: The file is missing, truncated, damaged, not a checkpoint, or holds anything but tensors and data.
+    """
+    if not path.is_file():
+        raise UsageError(f"no checkpoint at {path}: check the path")
+    verified = io.BytesIO()
+    try:
+        with zipfile.ZipFile(path) as archive, zipfile.ZipFile(verified, "w") as copy:
+            for entry in archive.infolist():
+                if entry.filename in copy.namelist():
+                    raise zipfile.BadZipFile(f"{entry.filename!r} is in it twice")
+                copy.writestr(entry.filename, archive.read(entry))
+    except Exception as error:  # zipfile lets decompressors and parsers speak for themselves
+        raise UsageError(
+            f"{path} is not a whole checkpoint ({_one_line(error)}): it was truncated or damaged, or written before "
+            f"PyTorch 1.6; copy or make it again"
+        ) from error
+    verified.seek(0)
+    return _unpickle(verified, path)
+
+
+def _unpickle(file: BinaryIO, path: Path) -> dict[str, Any]:
+    try:
+        with torch.serialization.safe_globals(_NUMPY_SCALARS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickles that it then refuses, or reads well
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UsageError(
+            f"{path} was refused: it holds something other than tensors and plain data, which could run code "
+            f"({_one_line(error)}); there is no fallback to full unpickling"
+        ) from error
+    except Exception as error:  # whatever else a hostile archive provokes in torch's reader
+        raise UsageError(f"{path} cannot be read as a checkpoint ({_one_line(error)}): make it again") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} holds a {type(content).__name__}, not a checkpoint: name a model.pkl")
+    return content
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """Load a plain state dict of a backbone from a `.safetensors` or a torch file."""
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        if not path.is_file():
+            raise UsageError(f"no weights at {path}: check the path")
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise UsageError(f"{path} is not a whole safetensors file ({_one_line(error)})") from error
+    if path.is_file() and not zipfile.is_zipfile(path):  # of before PyTorch 1.6, as published weights often are
+        with path.open("rb") as file:
+            content = _unpickle(file, path)
+    else:
+        content = load(path)
+    weights = content.get("state_dict", content)
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise UsageError(f"{path} holds more than a state dict: save the backbone's state_dict() alone")
+    return dict(weights)
+
+
+def hash_state(state: Mapping[str, Tensor]) -> str:
+    """Return a SHA-256 over names, types, shapes and bytes of a state dict, whatever device or layout it has."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
+def to_plain(value: Any) -> Any:
+    """Turn NumPy scalars and tuples, at any depth, into plain types that JSON and a safe load accept.
+
+    Example:
+        >>> to_plain({"lr": np.float64(0.5), "n": np.int64(3)})
+        {'lr': 0.5, 'n': 3}
+    """
+    if isinstance(value, dict):
+        return {key: to_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_plain(item) for item in value]
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 160 else text[:157] + "..."

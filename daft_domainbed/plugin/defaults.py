@@ -1,0 +1,202 @@
+"""Which hyperparameters an algorithm has on a data set, with their defaults and random draws."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from daft_domainbed.host.contract import DEFAULT_INPUT_SIZE, DatasetFacts, Host
+from daft_domainbed.hparams import Hparam, check_names, check_values, is_bool, is_text, number, one_of, or_auto
+from daft_domainbed.methods import Slot, find_method, list_ours, load_class
+from daft_domainbed.models.weights import to_plain
+from daft_domainbed.plugin.registry import REGISTRY, Pairs
+
+_HOST_SIDES = (28, 32)  # for which DomainBed has small networks
+_SMALL_STUDENT, _SMALL_TEACHER = "resnet8_w8", "resnet8_w32"
+_SMALL_DATASET = "Debug28"  # stands in for "DomainBed's small images", a list that upstream keeps to itself
+
+_SIDE = or_auto(number(8, integer=True))
+
+# Of every algorithm that builds its network through the host's featurizer.
+NETWORK: dict[str, Hparam] = {
+    "backbone": Hparam(
+        "default",
+        is_text,
+        "`default`, DomainBed's own choice for the input; `resnet8_w<N>`; a torchvision name; or `timm/<name>`",
+    ),
+    "weights": Hparam(
+        "pretrained",
+        is_text,
+        "of a torchvision or timm backbone: `pretrained`, `none`, or a file (`.safetensors`, or a state dict that "
+        "torch saved)",
+    ),
+    "backbone_frozen": Hparam(False, is_bool, "train the head only"),
+    "backbone_input_size": Hparam(
+        "auto", _SIDE, "side in pixels to which a torchvision or timm backbone resizes its input; `auto` leaves it"
+    ),
+    "pixels": Hparam(
+        "imagenet",
+        one_of("imagenet", "unit", "none"),
+        "how the data set normalises its images; kept with a checkpoint, so that its backbone can normalise anew",
+    ),
+}
+FOLDER: dict[str, Hparam] = {
+    "input_size": Hparam(
+        DEFAULT_INPUT_SIZE,
+        number(8, integer=True),
+        "of `folder:` sets only: side in pixels; up to 64, DomainBed's small-image defaults apply",
+    ),
+}
+
+
+def list_slot_hparams(slot: Slot) -> dict[str, Hparam]:
+    """Return the hyperparameters that name or describe the model of a slot."""
+    name, of = slot.prefix, f"of the {slot.prefix.replace('_', ' ')}"
+    made = f"`{name}_backbone` with `{name}_weights`" if slot.kind is None else "found in the store, else trained there"
+    hparams = {
+        "": Hparam(
+            "auto",
+            is_text,
+            "a checkpoint; a folder, in which the match with the best out-split accuracy over training domains is "
+            f"taken (never a student of a teacher); or `auto`: {made}",
+        ),
+        "_backbone": Hparam("resnet50", is_text, f"network {of}, as `backbone`"),
+        "_weights": Hparam("pretrained", is_text, f"what the network {of} starts from, as `weights`"),
+        "_frozen": Hparam(False, is_bool, f"train the head {of} only, a linear probe"),
+        "_input_size": Hparam("auto", _SIDE, f"side in pixels to which the network {of} resizes what the student sees"),
+        "_steps": Hparam("auto", or_auto(number(1, integer=True)), f"updates {of}; `auto`: the run's own"),
+        "_lr": Hparam(
+            "auto",
+            or_auto(number(0, open_low=True)),
+            f"learning rate {of}; `auto`: the host's, or an `lr` that was given",
+            is_optional=True,
+        ),
+    }
+    return {slot.prefix + ending: hparam for ending, hparam in hparams.items()}
+
+
+def list_hparams(algorithm: str) -> dict[str, Hparam]:
+    """Return all hyperparameters of an algorithm that are not the host's, as for a folder of images."""
+    method = find_method(algorithm)
+    hparams = (NETWORK if method.has_own_architecture else {}) | FOLDER
+    for slot in method.slots:
+        passed = list_hparams(slot.kind) if slot.kind and slot.passes else {}
+        hparams = hparams | list_slot_hparams(slot)
+        hparams |= {name: hparam for name, hparam in passed.items() if name.startswith(slot.passes)}
+    return hparams | get_hparams(algorithm)
+
+
+def get_hparams(algorithm: str) -> dict[str, Hparam]:
+    """Return the hyperparameters that a method's own file, or its user, defines."""
+    method = find_method(algorithm)
+    if method.hparams is not None:
+        return dict(method.hparams)
+    return dict(load_class(algorithm).HPARAMS) if method.is_ours else {}
+
+
+def resolve_auto(algorithm: str, hparams: Mapping[str, Any]) -> dict[str, Any]:
+    """Return hyperparameters with every "auto" replaced by the value that the method gives it.
+
+    Raises:
+        UsageError: They do not go together.
+    """
+    resolve = getattr(load_class(algorithm), "resolve", None) if find_method(algorithm).is_ours else None
+    return {**hparams, **(resolve(hparams) if resolve else {})}
+
+
+def list_owners(name: str) -> list[str]:
+    """Return our methods that have a hyperparameter, where not all of them have."""
+    owners = [algorithm for algorithm in list_ours() if name in list_hparams(algorithm)]
+    return sorted(owners) if name not in NETWORK | FOLDER else []
+
+
+def get_default_hparams(host: Host, algorithm: str, dataset: DatasetFacts) -> dict[str, Any]:
+    """Return all hyperparameters of an algorithm on a data set, as plain types, before the user's are applied."""
+    return {name: default for name, (default, _) in list_plain_pairs(host, algorithm, dataset, 0).items()}
+
+
+def get_known_hparams(host: Host, algorithm: str, dataset: DatasetFacts) -> dict[str, Any]:
+    """Return the default of each hyperparameter that may be given, of those too that stand nowhere unless they are."""
+    ours = _list_for(algorithm, dataset)
+    optional = {name: hparam.default for name, hparam in ours.items() if hparam.is_optional}
+    return get_default_hparams(host, algorithm, dataset) | optional
+
+
+def get_random_hparams(host: Host, algorithm: str, dataset: DatasetFacts, seed: int) -> dict[str, Any]:
+    """Return one random draw of an algorithm's hyperparameters, as plain types."""
+    return {name: drawn for name, (_, drawn) in list_plain_pairs(host, algorithm, dataset, seed).items()}
+
+
+# A sweep asks the same for every held-out domain, and each answer seeds a dozen generators.
+@lru_cache(maxsize=10_000)
+def list_plain_pairs(host: Host, algorithm: str, dataset: DatasetFacts, random_seed: int) -> Pairs:
+    """Return what `build_pairs` does, of plain types."""
+    pairs = build_pairs(host, algorithm, dataset, random_seed)
+    return {name: (to_plain(default), to_plain(drawn)) for name, (default, drawn) in pairs.items()}
+
+
+def build_pairs(host: Host, algorithm: str, dataset: DatasetFacts, random_seed: int) -> Pairs:
+    """Return the (default, random draw) of each hyperparameter, the host's own as its registry gives them.
+
+    Args:
+        host: Registered.
+        algorithm: Any of the host's, or of ours.
+        dataset: On which it is trained.
+        random_seed: From which each name draws, with a generator of its own.
+    """
+
+    def start(name: str) -> np.random.RandomState:
+        return np.random.RandomState(host.misc.seed_hash(random_seed, name))
+
+    name = _SMALL_DATASET if dataset.is_small else dataset.name
+    pairs = dict(REGISTRY.hosts[host.name].own_hparams(algorithm, name, random_seed))
+    ours = {name: hparam for name, hparam in _list_for(algorithm, dataset).items() if not hparam.is_optional}
+    defaults = {name: hparam.default for name, hparam in ours.items()} | _adapt_defaults(algorithm, dataset)
+    for name, hparam in ours.items():
+        pairs[name] = (defaults[name], hparam.draw(start(name)) if hparam.draw else defaults[name])
+    for name, default, draw in dataset.hparams:
+        if name in pairs:
+            pairs[name] = (default, draw(start(name)) if draw else default)
+    return pairs
+
+
+def _list_for(algorithm: str, dataset: DatasetFacts) -> dict[str, Hparam]:
+    ours = list_hparams(algorithm)
+    return {name: hparam for name, hparam in ours.items() if dataset.is_folder or name not in FOLDER}
+
+
+def _adapt_defaults(algorithm: str, dataset: DatasetFacts) -> dict[str, Any]:
+    """Return the defaults that depend on the images."""
+    method, side = find_method(algorithm), dataset.side
+    adapted: dict[str, Any] = {}
+    if method.has_own_architecture:
+        adapted["pixels"] = dataset.pixels
+        if dataset.is_folder and dataset.is_small and side not in _HOST_SIDES:  # the host has no featurizer for it
+            adapted["backbone"] = _SMALL_STUDENT
+    if side in _HOST_SIDES or (dataset.is_folder and dataset.is_small):
+        adapted |= {f"{slot.prefix}_backbone": _SMALL_TEACHER for slot in method.slots}
+    return adapted
+
+
+def check_user_hparams(
+    host: Host, user: Mapping[str, Any], algorithms: Iterable[str], dataset: DatasetFacts, *, asked: Iterable[str]
+) -> None:
+    """Refuse names that no algorithm of a run or sweep knows, and impossible values.
+
+    Args:
+        host: Registered.
+        user: What was given in `--hparams`.
+        algorithms: Those that may take them, teachers' included.
+        dataset: On which they are trained.
+        asked: The algorithms that the user named, for the message.
+
+    Raises:
+        UsageError: Names the hyperparameter, and the nearest or what it must be.
+    """
+    defaults = {name: get_known_hparams(host, name, dataset) for name in algorithms}
+    check_names(user, {key for known in defaults.values() for key in known}, asked, list_owners)
+    for name, known in defaults.items():
+        check_values(user, known, list_hparams(name))

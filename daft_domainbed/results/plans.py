@@ -1,0 +1,108 @@
+"""What a sweep set out to do: the runs in its plan.json, which needs which, and in what order algorithms are shown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from daft_domainbed.methods import METHODS, STUDENT
+from daft_domainbed.results.records import Note, RunKey
+from daft_domainbed.results.values import as_dict, as_list, is_printable
+from daft_domainbed.runtime.layout import PLAN_FILE
+
+MOST_STAGES = 8  # behind one another: a bound for plans whose teachers need each other in a circle
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run that a plan asks for.
+
+    Attributes:
+        stage: "student", or which kind of teacher it trains.
+        folder: Its path, relative to the sweep.
+        needs: Paths of the teachers that it needs, relative to the sweep.
+        key: Data set, algorithm, held-out domains and seeds.
+        args: The arguments of `train`.
+    """
+
+    stage: str
+    folder: str
+    needs: tuple[str, ...]
+    key: RunKey
+    args: dict[str, Any]
+
+    @property
+    def is_teacher(self) -> bool:
+        """Whether it trains a teacher."""
+        return self.stage != STUDENT
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a sweep set out to do.
+
+    Attributes:
+        args: The arguments of the sweep.
+        environments: Names of the domains of each data set.
+        runs: The planned runs, by folder.
+    """
+
+    args: dict[str, Any]
+    environments: dict[str, list[str]]
+    runs: dict[str, PlannedRun]
+
+    def measure_depths(self) -> dict[str, int]:
+        """Return, by folder, how many teachers stand one behind the other behind each run."""
+        depths = dict.fromkeys(self.runs, 0)
+        for _ in range(MOST_STAGES):
+            depths = {
+                folder: max((1 + depths[need] for need in run.needs if need in depths), default=0)
+                for folder, run in self.runs.items()
+            }
+        return depths
+
+
+def read_plan(root: Path, notes: list[Note]) -> Plan | None:
+    """Read the plan of a sweep; None where there is none that can be used, which is noted.
+
+    Args:
+        root: The sweep's folder.
+        notes: A list, to which is added why a plan cannot be used.
+    """
+    path = root / PLAN_FILE
+    if not path.exists():
+        return None
+    try:
+        plan = json.loads(path.read_bytes())
+        runs = [_read_planned_run(as_dict(entry)) for entry in plan["jobs"]]
+        environments = as_dict(plan.get("environments"))
+        named = {dataset: names for dataset, names in environments.items() if are_names(names)}
+        return Plan(as_dict(plan.get("args")), named, {run.folder: run for run in runs})
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        why = f"cannot be used ({type(error).__name__}: {error}); read as a folder without a plan"
+        notes.append(Note(PLAN_FILE, why))
+        return None
+
+
+def _read_planned_run(entry: dict[str, Any]) -> PlannedRun:
+    return PlannedRun(
+        stage=str(entry["stage"]),
+        folder=PurePosixPath(entry["folder"]).as_posix(),
+        needs=tuple(PurePosixPath(need).as_posix() for need in entry.get("needs") or ()),
+        key=RunKey.of(entry["args"]),
+        args=entry["args"],
+    )
+
+
+def are_names(value: object) -> bool:
+    """Whether a value is a list of names that a table can show."""
+    return isinstance(value, list) and all(map(is_printable, value))
+
+
+def order_algorithms(plan: Plan | None, algorithms: Iterable[str]) -> list[str]:
+    """Order algorithms as the sweep was asked for them, without a plan as in the table of methods; then by alphabet."""
+    asked = as_list(plan.args.get("algorithms")) if plan else list(METHODS)
+    return sorted(set(algorithms), key=lambda name: (asked.index(name) if name in asked else len(asked), name))

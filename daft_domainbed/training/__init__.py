@@ -1,0 +1,1 @@
+"""How one model is trained, recorded, saved and gone on with."""

@@ -1,0 +1,168 @@
+"""Which run do these arguments ask for, and can it be?"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from daft_domainbed.arguments import TrainArgs
+from daft_domainbed.data.splits import NO_UNLABELLED, Data, build_data, check_sizes
+from daft_domainbed.errors import UsageError
+from daft_domainbed.host.contract import DatasetFacts, Host, describe_dataset, find_host, get_algorithm_class
+from daft_domainbed.hparams import parse_json
+from daft_domainbed.methods import list_stages
+from daft_domainbed.plugin.defaults import (
+    check_user_hparams,
+    get_default_hparams,
+    get_known_hparams,
+    get_random_hparams,
+    resolve_auto,
+)
+from daft_domainbed.plugin.registration import register
+from daft_domainbed.runtime.randomness import preserve_states
+from daft_domainbed.training.precision import check_precision
+
+_LARGEST_SEED = 2**32 - 1  # NumPy's
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Arguments that were checked, with what follows from them.
+
+    Attributes:
+        args: As given.
+        host: Registered.
+        dataset: What is known of the data set.
+        user_hparams: What the user gave in `--hparams`.
+        hparams: All hyperparameters of the run.
+        device: On which it computes.
+        n_steps: Number of updates.
+        checkpoint_freq: Updates between evaluations.
+    """
+
+    args: TrainArgs
+    host: Host
+    dataset: DatasetFacts
+    user_hparams: dict[str, Any]
+    hparams: dict[str, Any]
+    device: torch.device
+    n_steps: int
+    checkpoint_freq: int
+
+    @property
+    def complete_args(self) -> TrainArgs:
+        """The arguments with the number of steps, as provenance and teachers need them."""
+        return replace(self.args, steps=self.n_steps)
+
+
+def prepare(args: TrainArgs) -> Prepared:
+    """Check a run's arguments.
+
+    Raises:
+        UsageError: Names the argument, its value and what to do.
+    """
+    host = find_host(args.host)
+    register(host)
+    get_algorithm_class(host, args.algorithm)
+    user = parse_json(args.hparams)
+    dataset = describe_dataset(host, args.dataset, user)
+    check_test_envs(args.test_envs, dataset)
+    if not 0 < args.holdout_fraction < 1:
+        raise UsageError(f"--holdout_fraction is {args.holdout_fraction}: it must lie between 0 and 1")
+    if not 0 <= args.uda_holdout_fraction < 1:
+        raise UsageError(f"--uda_holdout_fraction is {args.uda_holdout_fraction}: it must be at least 0 and below 1")
+    device = _find_device(args.device)
+    check_precision(args.precision, device, args.algorithm)
+    stages = list_stages(args.algorithm)
+    check_user_hparams(host, user, stages, dataset, asked=stages)
+    hparams = choose_hparams(host, args, dataset, user)
+    resolve_auto(args.algorithm, hparams)  # refuses what cannot be before anything is trained for it
+    kind = dataset.dataset_class
+    n_steps = kind.N_STEPS if args.steps is None else args.steps
+    checkpoint_freq = kind.CHECKPOINT_FREQ if args.checkpoint_freq is None else args.checkpoint_freq
+    for name, value in (("--steps", n_steps), ("--checkpoint_freq", checkpoint_freq)):
+        if value < 1:
+            raise UsageError(f"{name} is {value}: it must be at least 1")
+    for name, seed in (("--seed", args.seed), ("--data_seed", args.data_seed)):
+        if seed is not None and not 0 <= seed <= _LARGEST_SEED:
+            raise UsageError(f"{name} is {seed}: it must lie between 0 and {_LARGEST_SEED}")
+    return Prepared(args, host, dataset, user, hparams, device, n_steps, checkpoint_freq)
+
+
+def check_test_envs(test_envs: Sequence[int], dataset: DatasetFacts) -> None:
+    """Refuse test environments that do not exist, repeat, or leave nothing to train on.
+
+    Raises:
+        UsageError: Names the value.
+    """
+    n_envs, given = len(dataset.environments), f"--test_envs {' '.join(map(str, test_envs))}"
+    for env in test_envs:
+        if not 0 <= env < n_envs:
+            raise UsageError(f"--test_envs {env}: {dataset.name} has {n_envs} environments, numbered 0 to {n_envs - 1}")
+    if len(set(test_envs)) < len(test_envs):
+        raise UsageError(f"{given}: an environment is named twice")
+    if len(test_envs) >= n_envs:
+        raise UsageError(
+            f"{given}: all {n_envs} environments of {dataset.name} are held out; leave at least one to train on"
+        )
+
+
+def choose_hparams(host: Host, args: TrainArgs, dataset: DatasetFacts, user: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the hyperparameters of a run: defaults or a random draw, then the user's own, which were checked."""
+    if args.hparams_seed:
+        seed = host.misc.seed_hash(args.hparams_seed, args.trial_seed)
+        chosen = get_random_hparams(host, args.algorithm, dataset, seed)
+    else:
+        chosen = get_default_hparams(host, args.algorithm, dataset)
+    known = get_known_hparams(host, args.algorithm, dataset) if user else {}
+    return chosen | {name: value for name, value in user.items() if name in known}
+
+
+def prepare_first_runs(runs: Iterable[TrainArgs]) -> dict[tuple[str, str], Prepared]:
+    """Check what every run of a sweep would be refused for, data included; return what they share.
+
+    Args:
+        runs: One of each data set and algorithm.
+
+    Returns:
+        By data set and algorithm.
+
+    Raises:
+        UsageError: A run, or the data, cannot be.
+    """
+    prepared: dict[tuple[str, str], Prepared] = {}
+    data: dict[str, Data] = {}
+    for args in runs:
+        run = prepare(args)
+        if args.dataset not in data:
+            with preserve_states():
+                data[args.dataset] = build_data(run.host, args, run.hparams, run.dataset.dataset_class)
+        check_data(data[args.dataset], run)
+        prepared[args.dataset, args.algorithm] = run
+    return prepared
+
+
+def check_data(data: Data, run: Prepared) -> None:
+    """Refuse environments that are too small for a run, or that lack the unlabelled images of its task.
+
+    Raises:
+        UsageError: Names the environment, or the flag.
+    """
+    check_sizes(data, run.args, run.hparams, run.dataset.environments)
+    if run.args.task == "domain_adaptation" and not data.uda_splits:
+        raise UsageError(NO_UNLABELLED)
+
+
+def _find_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise UsageError(f"--device {name!r} is no device: use auto, cpu, cuda or cuda:N")
+    device = torch.device(name)
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise UsageError(f"--device {name}: {torch.cuda.device_count()} CUDA devices are visible here; use cpu or auto")
+    return device

@@ -1,0 +1,80 @@
+"""The sweeps in this repository: their files hold flags, and their pages say how many jobs come of them."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from daft_domainbed.embedded import datasets
+from daft_domainbed.launch.plan import make_plan
+from daft_domainbed.launch.sweep import collect_sweep_args
+from daft_domainbed.scripts.sweep import read_config
+
+SWEEPS = Path(__file__).parents[2] / "sweeps"
+IMAGE_SETS = ("VLCS", "PACS", "OfficeHome", "TerraIncognita", "DomainNet")
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every data set in its layout, as small as its batch allows."""
+    root = tmp_path_factory.mktemp("data")
+    picture = root / "picture.png"
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(picture)
+    for name in IMAGE_SETS:
+        dataset: Any = getattr(datasets, name)
+        for domain in dataset.ENVIRONMENTS:
+            folder = root / dataset.FOLDER / domain / "dog"
+            folder.mkdir(parents=True)
+            for i in range(80):
+                (folder / f"{i}.png").hardlink_to(picture)
+    raw = root / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part, count in (("train", 6000), ("t10k", 1000)):
+        images = np.array([2051, count, 28, 28], ">i4").tobytes() + bytes(count * 28 * 28)
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(images)
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(np.array([2049, count], ">i4").tobytes() + bytes(count))
+    return root
+
+
+@pytest.mark.parametrize("study", sorted(path.parent.name for path in SWEEPS.glob("*/sweep.yaml")))
+def test_page_says_how_many_jobs_there_are(study: str, data_dir: Path) -> None:
+    given = read_config(SWEEPS / study / "sweep.yaml", "launch")
+    jobs = make_plan(collect_sweep_args(given | {"data_dir": str(data_dir)}))
+    stages = Counter(job.stage for job in jobs)
+    page = " ".join((SWEEPS / study / "README.md").read_text().split())
+    said = re.search(r"([\d,]+) jobs: ([\d,]+) ERM teachers, ([\d,]+) AFT teachers, ([\d,]+) students", page)
+    assert said is not None
+    numbers = [int(text.replace(",", "")) for text in said.groups()]
+    assert numbers == [len(jobs), stages["erm_teacher"], stages["aft_teacher"], stages["student"]]
+    assert f"--config sweeps/{study}/sweep.yaml" in page
+
+
+CLAIM = sorted((SWEEPS / "claim").glob("*/*.yaml"))
+
+
+@pytest.mark.parametrize("file", CLAIM, ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_sweeps_of_the_claim_study(file: Path, data_dir: Path) -> None:
+    given = read_config(file, "launch")
+    jobs = make_plan(collect_sweep_args(given | {"data_dir": str(data_dir)}))
+    trials = {job.args.trial_seed for job in jobs}
+    students = [job for job in jobs if job.stage == "student"]
+    n_envs = len({tuple(job.args.test_envs) for job in students})
+    assert len(students) == len(given["algorithms"]) * len(trials) * n_envs
+    assert min(trials) == (100 if file.parent.name == "development" else 0)
+    assert given["output_dir"] == f"runs/claim/{file.parent.name}/{file.stem}"
+    assert given["teachers_dir"] == "runs/claim/teachers"
+
+
+def test_sweeps_of_the_claim_study_differ_in_what_they_compare() -> None:
+    report = [read_config(file, "launch") for file in CLAIM if file.parent.name == "report"]
+    sweeps = [(*given["algorithms"], *given["datasets"], given["hparams"], given["precision"]) for given in report]
+    assert len({*sweeps}) == len(sweeps) > 10
+    assert {given["precision"] for given in report} == {"bf16", "fp32"}
+    pretrained = {given["precision"] for given in report if "lite0" in given["hparams"]}
+    assert len(pretrained) == 1

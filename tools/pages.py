@@ -1,0 +1,85 @@
+"""The tables of the documentation that follow from the code, written into their pages.
+
+Example:
+    python -m tools.pages write
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from daft_domainbed.host.contract import Host, describe_dataset, find_host
+from daft_domainbed.hparams import Hparam
+from daft_domainbed.methods import METHODS
+from daft_domainbed.plugin.defaults import get_known_hparams, list_hparams
+from daft_domainbed.plugin.registration import register
+
+PAGE = Path(__file__).parents[1] / "docs" / "hyperparameters.md"
+SMALL, LARGE = "EmojiStyles", "PACS"  # whose defaults the table shows: 32 and 224 pixels
+_TABLE = re.compile(r"(?<=<!-- table: python -m tools\.pages write -->\n).*?(?=<!-- end of table -->)", re.DOTALL)
+
+
+def make_table(host: Host) -> str:
+    """Return a Markdown table of all hyperparameters that are not the host's own.
+
+    Args:
+        host: Registered.
+    """
+    hparams: dict[str, Hparam] = {}
+    owners: dict[str, list[str]] = {}
+    for method in METHODS:
+        for name, hparam in list_hparams(method).items():
+            hparams.setdefault(name, hparam)
+            owners.setdefault(name, []).append(method)
+    rows = [("name", "of", "default", "random draw", "meaning"), ("---",) * 5]
+    for name, hparam in sorted(hparams.items(), key=lambda item: -len(owners[item[0]])):  # the most common first
+        default = _show_default(name, hparam, owners[name][0], host)
+        draw = f"`{hparam.draw.text}`" if hparam.draw else "fixed"
+        rows.append((f"`{name}`", _show_owners(owners[name]), default, draw, hparam.meaning))
+    return "".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |\n" for row in rows)
+
+
+def _show_owners(owners: Sequence[str]) -> str:
+    others = [method for method in METHODS if method not in owners]
+    if len(others) > 1:
+        return " ".join(owners)
+    return "all" if not others else f"all but {others[0]}"
+
+
+def _show_default(name: str, hparam: Hparam, method: str, host: Host) -> str:
+    """Return a default; two where it depends on the images."""
+    small, large = (
+        _show(get_known_hparams(host, method, describe_dataset(host, dataset, {})).get(name, hparam.default))
+        for dataset in (SMALL, LARGE)
+    )
+    return small if small == large else f"{SMALL}: {small}, {LARGE}: {large}"
+
+
+def _show(value: Any) -> str:
+    return f"`{value}`" if isinstance(value, str) else json.dumps(value)
+
+
+def fill_page(text: str) -> str:
+    """Return the page of hyperparameters with its table made anew."""
+    host = find_host()
+    register(host)
+    return _TABLE.sub(lambda _: f"\n{make_table(host)}\n", text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write all tables anew."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["write"])
+    parser.parse_args(argv)
+    PAGE.write_text(fill_page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
