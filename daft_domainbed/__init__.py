@@ -4,7 +4,7 @@ from daft_domainbed._version import __version__ as __version__
 
 
 def register(host: str = "upstream") -> None:
-    """Add AFT, KD, DAFT, our hyperparameters, backbones and data sets to a host; importing this package adds nothing.
+    """Add our methods, hyperparameters, backbones and data sets to a host; importing this package adds nothing.
 
     Args:
         host: "upstream", the user's DomainBed, or "embedded".

@@ -15,6 +15,7 @@ class SharedArgs:
     """What a run and a whole sweep have in common.
 
     Attributes:
+        leave_out_classes: Names of the classes that no environment shows, and for which the model has no output.
         teachers_dir: The store of teachers; None is `teachers/` beside the run's folder, in a sweep's folder.
         image_cache: A folder for decoded images; None decodes each image whenever it is read.
         feature_cache: A folder for the features of frozen backbones; None keeps them for the run.
@@ -27,6 +28,7 @@ class SharedArgs:
     data_dir: str | None = None
     holdout_fraction: float = 0.2
     uda_holdout_fraction: float = 0.0
+    leave_out_classes: list[str] | None = None
     skip_model_save: bool = False
     host: str = "embedded"
     device: str = "auto"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -70,9 +71,24 @@ def number(low: float, high: float = sys.float_info.max, *, open_low: bool = Fal
     return check
 
 
+def or_word(word: str, check: Check) -> Check:
+    """Accept a word beside what another check accepts."""
+    return lambda value: None if value == word else (hint := check(value)) and f'"{word}" or {hint}'
+
+
 def or_auto(check: Check) -> Check:
     """Accept "auto" beside what another check accepts."""
-    return lambda value: None if value == "auto" else (hint := check(value)) and f'"auto" or {hint}'
+    return or_word("auto", check)
+
+
+def one_or_more(check: Check) -> Check:
+    """Accept what another check accepts, or a list of such values."""
+
+    def check_all(value: Any) -> str | None:
+        hints = [check(item) for item in value] if isinstance(value, list) and value else [check(value)]
+        return next((f"{hint}, or a list of such" for hint in hints if hint), None)
+
+    return check_all
 
 
 def is_text(value: Any) -> str | None:
@@ -83,6 +99,12 @@ def is_text(value: Any) -> str | None:
 def is_bool(value: Any) -> str | None:
     """Accept true and false."""
     return None if isinstance(value, bool) else "true or false"
+
+
+def is_frozen(value: Any) -> str | None:
+    """Accept true, false, and "stages:N" for a stem and the first N stages."""
+    is_prefix = isinstance(value, str) and re.fullmatch(r"stages:[1-9]\d?", value)
+    return None if isinstance(value, bool) or is_prefix else 'true, false or a prefix such as "stages:3"'
 
 
 def is_eps(value: Any) -> str | None:

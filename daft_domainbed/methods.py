@@ -19,6 +19,8 @@ class Slot:
         steps: The hyperparameter that says how many updates that job takes; by default `<prefix>_steps`. Where it is
             another one, its "auto" is a quarter of those.
         starts: Whether the method starts from its weights, and so has its architecture.
+        asked_by: The hyperparameter that asks for it; where that is not true, there is no such slot.
+        described_by: The slot whose hyperparameters describe it, where they are not its own.
     """
 
     kind: str | None
@@ -26,6 +28,8 @@ class Slot:
     passes: tuple[str, ...] = ()
     steps: str = ""
     starts: bool = False
+    asked_by: str = ""
+    described_by: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,8 +67,31 @@ METHODS: dict[str, Method] = {
     "ERM": Method(),
     "SMA": Method("sma", is_plain=False),
     "AFT": Method("aft", (Slot("ERM", starts=True),), distilled_by="DAFT"),
-    "KD": Method("daft", (Slot("ERM"),)),
+    "KD": Method(
+        "daft",
+        (
+            Slot("ERM"),
+            # The teacher that DAFT would have, which tells how confident KD's own is to be.
+            Slot(
+                "AFT",
+                "aft_teacher",
+                passes=("aft_", "teacher"),
+                steps="aft_steps",
+                asked_by="kd_match",
+                described_by="teacher",
+            ),
+        ),
+    ),
     "DAFT": Method("daft", (Slot("AFT", passes=("aft_", "teacher"), steps="aft_steps"),)),
+    "AT": Method("at"),
+    "TinTeM": Method("tintem", (Slot(None),)),
+    "BMTARD": Method("bmtard", (Slot("ERM", "clean_teacher"), Slot("AT", "robust_teacher", passes=("at_",)))),
+    "CLIP": Method("clip"),
+    "CaRot": Method("carot", (Slot("CLIP", starts=True),)),
+    "FAAL": Method("faal", (Slot("AT", passes=("at_",), starts=True),)),
+    "OAT": Method("oat", is_plain=False),
+    "RATIO": Method("ratio"),
+    "ADT": Method("adt"),
 }
 
 PLAIN = "ERM"  # the host's own, which ours are mixins over
@@ -89,14 +116,26 @@ def list_ours() -> Iterator[str]:
     return (name for name, method in METHODS.items() if method.is_ours)
 
 
-def list_stages(algorithm: str) -> list[str]:
+def list_slots(algorithm: str, hparams: Mapping[str, Any] | None = None) -> list[Slot]:
+    """Return the slots of an algorithm, those that a hyperparameter asks for only where it does.
+
+    Args:
+        algorithm: Any.
+        hparams: Of a run, or what the user gave of them.
+    """
+    return [slot for slot in find_method(algorithm).slots if not slot.asked_by or (hparams or {}).get(slot.asked_by)]
+
+
+def list_stages(algorithm: str, hparams: Mapping[str, Any] | None = None) -> list[str]:
     """Return an algorithm and those that make its teachers.
 
     Example:
         >>> list_stages("DAFT")
         ['DAFT', 'AFT', 'ERM']
+        >>> list_stages("KD"), list_stages("KD", {"kd_match": True})
+        (['KD', 'ERM'], ['KD', 'ERM', 'AFT'])
     """
-    kinds = [slot.kind for slot in find_method(algorithm).slots if slot.kind]
+    kinds = [slot.kind for slot in list_slots(algorithm, hparams) if slot.kind]
     return list(dict.fromkeys([algorithm, *(stage for kind in kinds for stage in list_stages(kind))]))
 
 
@@ -107,7 +146,7 @@ def find_distiller(kind: str) -> str:
         >>> find_distiller("AFT"), find_distiller("ERM")
         ('DAFT', 'KD')
     """
-    plain = next(name for name, method in METHODS.items() if method.slots == (Slot(PLAIN),))
+    plain = next(name for name in METHODS if list_slots(name) == [Slot(PLAIN)])
     return find_method(kind).distilled_by or plain
 
 

@@ -197,10 +197,10 @@ def test_parse_eps(value: str | float, expected: float) -> None:
 # --- values ------------------------------------------------------------------------------------------------------
 
 BAD_VALUES: dict[str, list[Any]] = {
-    "backbone": ["", 3, None, ["resnet18"]],
-    "weights": ["", False],
-    "backbone_frozen": [0, "true", None],
-    "backbone_input_size": [0, 7, 224.0, "big"],
+    "backbone": ["", 3, None, [], ["resnet18", 3]],
+    "weights": ["", False, [""]],
+    "backbone_frozen": [0, "true", None, "stages:0", "stages:", "3", "stages:3 "],
+    "backbone_input_size": [0, 7, 224.0, "big", [64, 0], []],
     "pixels": ["raw", 255, None],
     "teacher": ["", 1, {"path": "x"}],
     "teacher_backbone": ["", 18],
@@ -208,6 +208,11 @@ BAD_VALUES: dict[str, list[Any]] = {
     "teacher_frozen": [1, "false"],
     "teacher_input_size": [1, True, "224"],
     "teacher_lr": [0, -1.0, "fast"],
+    "teacher_probe_steps": [-1, 0.5, "auto"],
+    "n_views": [-1, 2.0, True, "endless"],
+    "lr_schedule": ["linear", 0, None],
+    "average_start": [-1, 0.5, "auto", True],
+    "probe_steps": [-1, 1.5, True, "never"],
     "teacher_steps": [0, -5, 2.5, True, "Auto", None],
     "kd_weight": [-0.1, 1.01, "0.5", True, None, float("nan"), float("inf")],
     "kd_temperature": [0, -1, "4", False, float("nan"), float("inf")],
@@ -224,6 +229,7 @@ BAD_VALUES: dict[str, list[Any]] = {
     "aft_target_temperature": [0, -1.0, float("inf")],
     "aft_steps": [0, 10.0],
     "sma_start": [-1, 0.5, "auto"],
+    "kd_match": [1, "true", None],
     "input_size": [0, 7, 32.0, "224", True],
     "lr": [0, -1e-3, "1e-3", True, float("nan"), float("inf"), None],
     "batch_size": [0, -8, 16.0, "16", True],
@@ -258,7 +264,7 @@ def test_bad_values_are_refused_by_name(host: contract.Host, name: str, value: A
         ("kd_temperature", 0, "a number above 0"),
         ("aft_scope", "x", 'one of "head", "all"'),
         ("aft_attack_steps", -1, '"auto" or an integer of at least 0'),
-        ("teacher_frozen", 1, "true or false"),
+        ("teacher_frozen", 1, 'true, false or a prefix such as "stages:3"'),
         ("batch_size", 0.5, "an integer"),
         ("batch_size", 0, "an integer of at least 1"),
     ],
@@ -286,12 +292,17 @@ _unit = st.floats(0, 1) | st.integers(0, 1)
 _positive = st.floats(1e-6, 1e6) | st.integers(1, 100)
 _steps = _auto_or(st.integers(1, 10**6))
 _texts = st.text(min_size=1)
+_parts = st.booleans() | st.integers(1, 99).map("stages:{}".format)
 GOOD_VALUES: dict[str, st.SearchStrategy[Any]] = {
-    "backbone": _texts, "weights": _texts, "backbone_frozen": st.booleans(),
+    "backbone": _texts | st.lists(_texts, min_size=1), "weights": _texts, "backbone_frozen": _parts,
     "backbone_input_size": _auto_or(st.integers(8, 1024)), "teacher_input_size": _auto_or(st.integers(8, 1024)),
     "pixels": st.sampled_from(["imagenet", "unit", "none"]),
-    "teacher": _texts, "teacher_backbone": _texts, "teacher_weights": _texts, "teacher_frozen": st.booleans(),
-    "teacher_steps": _steps, "teacher_lr": _auto_or(_positive), "kd_weight": _unit, "kd_temperature": _positive,
+    "teacher": _texts, "teacher_backbone": _texts | st.lists(_texts, min_size=1),
+    "teacher_weights": _texts, "teacher_frozen": _parts,
+    "n_views": st.integers(0, 10), "lr_schedule": st.sampled_from(["constant", "cosine"]),
+    "average_start": st.just("never") | st.integers(0, 100), "probe_steps": st.integers(0, 100),
+    "teacher_probe_steps": st.integers(0, 100), "teacher_steps": _steps, "teacher_lr": _auto_or(_positive),
+    "kd_weight": _unit, "kd_match": st.booleans(), "kd_temperature": _positive,
     "aft_scope": st.sampled_from(["head", "all"]), "aft_attack": st.sampled_from(["pixels", "features"]),
     "aft_norm": st.sampled_from(["auto", "linf", "l2"]), "aft_eps": _radii(),
     "aft_attack_steps": _auto_or(st.integers(0, 100)), "aft_weight": _unit, "aft_target_mix": _unit,

@@ -47,9 +47,9 @@ def make_table(host: Host) -> str:
 
 def _show_owners(owners: Sequence[str]) -> str:
     others = [method for method in METHODS if method not in owners]
-    if len(others) > 1:
+    if len(others) >= len(owners):
         return " ".join(owners)
-    return "all" if not others else f"all but {others[0]}"
+    return f"all but {' '.join(others)}" if others else "all"
 
 
 def _show_default(name: str, hparam: Hparam, method: str, host: Host) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -12,16 +13,20 @@ from torch import Tensor, nn
 from daft_domainbed.errors import UsageError
 from daft_domainbed.functional.attacks import run_pgd
 from daft_domainbed.functional.losses import mix_targets, soft_cross_entropy, worst_case_linear_loss
-from daft_domainbed.hparams import Hparam, is_eps, number, one_of, or_auto, parse_eps, pick
+from daft_domainbed.hparams import Hparam, is_eps, number, one_of, or_auto, or_word, parse_eps, pick
 from daft_domainbed.models.backbones import freeze_backbone
-from daft_domainbed.models.feature_memory import FeatureMemory
-from daft_domainbed.models.frozen import remember
-from daft_domainbed.teachers.facts import take_teacher
+from daft_domainbed.runtime.randomness import preserve_states, seed_everything
+from daft_domainbed.teachers.facts import RunFacts, require_run_facts, take_teacher
+from daft_domainbed.teachers.samples import Batch, draw_minibatches, read_out_splits
 
 if TYPE_CHECKING:
     from daft_domainbed.algorithms.base import ERM
 else:
     ERM = object  # `plugin.register` puts the host's ERM behind the mixin
+
+
+# Shares of the mean feature norm that "validated" compares: frozen features want small ones, fine-tuned ones large.
+RADII = (0.0, 0.025, 0.05, 0.1, 0.2, 0.3, 0.4)
 
 
 class AFT(ERM):
@@ -55,9 +60,10 @@ class AFT(ERM):
         ),
         "aft_eps": Hparam(
             "auto",
-            is_eps,
+            or_word("validated", is_eps),
             "pixels: radius in units of [0, 1] pixels whatever the normalisation, auto 4/255 (`l2`: 0.5); features: "
-            "share of the batch's mean feature norm, auto 0.025. A number, a fraction such as `4/255`, or `auto*1/2`",
+            "share of the batch's mean feature norm, auto 0.025. A number, a fraction such as `4/255`, or `auto*1/2`; "
+            "`validated`: of a few, in features, the best on out-splits of training domains",
             pick(0.0, "auto*1/4", "auto*1/2", "auto", "auto*2"),
         ),
         "aft_attack_steps": Hparam(
@@ -82,7 +88,12 @@ class AFT(ERM):
         Raises:
             UsageError: The norm does not go with the attack.
         """
-        norm, steps = hparams["aft_norm"], hparams["aft_attack_steps"]
+        norm, steps, eps = hparams["aft_norm"], hparams["aft_attack_steps"], hparams["aft_eps"]
+        if eps == "validated" and (hparams["aft_attack"], hparams["aft_scope"]) != ("features", "head"):
+            raise UsageError(
+                'hyperparameter aft_eps is "validated": radii are compared for "aft_attack": "features" on '
+                '"aft_scope": "head" alone; give a number or "auto"'
+            )
         if hparams["aft_attack"] == "features":
             if norm == "linf":
                 raise UsageError('hyperparameter aft_norm is "linf": an attack on features is measured in "l2"')
@@ -94,7 +105,7 @@ class AFT(ERM):
                 raise UsageError("hyperparameter aft_attack_steps is 0: an attack on pixels takes at least 1 step")
         return {
             "aft_norm": norm,
-            "aft_eps": parse_eps(hparams["aft_eps"], auto),
+            "aft_eps": eps if eps == "validated" else parse_eps(eps, auto),
             "aft_attack_steps": auto_steps if steps == "auto" else steps,
         }
 
@@ -121,14 +132,41 @@ class AFT(ERM):
                 'classifier is nonlinear: give "aft_attack_steps": 10'
             )
         if self.scope == "head":
-            freeze_backbone(self.featurizer)
-            if self.attack == "features" and not hparams["data_augmentation"]:
-                remember(self.featurizer, FeatureMemory())  # images that are augmented or attacked never come again
-            self.optimizer = type(self.optimizer)(
-                self.classifier.parameters(), lr=hparams["lr"], weight_decay=hparams["weight_decay"]
-            )
+            # Images that are attacked, or augmented without end, never come again.
+            comes_again = not hparams["data_augmentation"] or hparams.get("n_views", 0) > 0
+            freeze_backbone(self.featurizer, remembers=self.attack == "features" and comes_again)
+            self.optimizer = self._make_optimizer(self.classifier)
         # Random starts have a generator of their own: an attack never moves the global one.
         self.start_generator = torch.Generator().manual_seed(teacher.seed)
+        if hparams["aft_eps"] == "validated":
+            losses = self._validate_radii(require_run_facts("aft_eps"))
+            hparams["aft_eps_candidates"] = {str(radius): loss for radius, loss in losses.items()}
+            hparams["aft_eps"] = min(losses, key=lambda radius: losses[radius])
+            self.start_generator.manual_seed(teacher.seed)
+
+    def _validate_radii(self, facts: RunFacts) -> dict[float, float]:
+        """Return the loss on the training domains' out-splits of the head that each radius would give.
+
+        The heads are trained side by side for the run's steps, on one and the same minibatches.
+        """
+        self.to(facts.device)
+        heads = {radius: copy.deepcopy(self.classifier) for radius in RADII}
+        optimizers = {radius: self._make_optimizer(head) for radius, head in heads.items()}
+        with preserve_states():
+            seed_everything(facts.args.seed)
+            for minibatches in draw_minibatches(facts, facts.args.steps or 0):
+                x, y = (torch.cat(parts) for parts in zip(*minibatches, strict=True))
+                features = self._encode(x)
+                targets = self._make_targets(x, features, y)
+                for radius, head in heads.items():
+                    loss, _ = self._get_losses(head, radius, x, features, y, targets)
+                    optimizers[radius].zero_grad()
+                    loss.backward()
+                    optimizers[radius].step()
+            return _validate(self.featurizer, heads, read_out_splits(facts))
+
+    def _make_optimizer(self, head: nn.Module) -> Any:
+        return type(self.optimizer)(head.parameters(), lr=self.hparams["lr"], weight_decay=self.hparams["weight_decay"])
 
     def update(
         self, minibatches: Sequence[tuple[Tensor, Tensor]], unlabeled: Sequence[Tensor] | None = None
@@ -136,25 +174,31 @@ class AFT(ERM):
         """Take one fine-tuning step on a minibatch (x [B, C, H, W], y [B]) of every training domain."""
         x = torch.cat([x for x, _ in minibatches])
         y = torch.cat([y for _, y in minibatches])
-        weight = self.hparams["aft_weight"]
 
         features = self._encode(x)
         targets = self._make_targets(x, features, y)
-        losses = {}
-        if weight < 1:
-            losses["clean_loss"] = soft_cross_entropy(self.classifier(features), targets)
-        if weight > 0:
-            losses["adversarial_loss"] = self._get_adversarial_loss(x, features, y, targets)
-        # A weight of 0 or 1 leaves one term, and that one untouched: plain fine-tuning to the last bit.
-        if len(losses) == 2:
-            loss = (1 - weight) * losses["clean_loss"] + weight * losses["adversarial_loss"]
-        else:
-            (loss,) = losses.values()
+        loss, losses = self._get_losses(self.classifier, self.hparams["aft_eps"], x, features, y, targets)
 
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
         return {"loss": loss.item()} | {name: value.item() for name, value in losses.items()}
+
+    def _get_losses(
+        self, head: nn.Module, eps: float, x: Tensor, features: Tensor, y: Tensor, targets: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of a head, and its terms by name."""
+        weight = self.hparams["aft_weight"]
+        losses = {}
+        if weight < 1:
+            losses["clean_loss"] = soft_cross_entropy(head(features), targets)
+        if weight > 0:
+            losses["adversarial_loss"] = self._get_adversarial_loss(head, eps, x, features, y, targets)
+        # A weight of 0 or 1 leaves one term, and that one untouched: plain fine-tuning to the last bit.
+        if len(losses) == 2:
+            return (1 - weight) * losses["clean_loss"] + weight * losses["adversarial_loss"], losses
+        (loss,) = losses.values()
+        return loss, losses
 
     def _encode(self, x: Tensor) -> Tensor:
         with torch.set_grad_enabled(self.scope == "all"):
@@ -168,18 +212,19 @@ class AFT(ERM):
             logits = self.teacher.model.classifier(features) if self.scope == "head" else self.teacher(x)
         return mix_targets(y, logits, self.hparams["aft_target_mix"], self.hparams["aft_target_temperature"])
 
-    def _get_adversarial_loss(self, x: Tensor, features: Tensor, y: Tensor, targets: Tensor) -> Tensor:
-        eps = self.hparams["aft_eps"]
+    def _get_adversarial_loss(
+        self, head: Any, eps: float, x: Tensor, features: Tensor, y: Tensor, targets: Tensor
+    ) -> Tensor:
         if eps == 0:
-            return soft_cross_entropy(self.classifier(features), targets)
+            return soft_cross_entropy(head(features), targets)
         if self.attack == "pixels":
-            x_adv = self._attack(lambda x: self.classifier(self.featurizer(x)), x, y, eps)
-            return soft_cross_entropy(self.classifier(self._encode(x_adv)), targets)
+            x_adv = self._attack(lambda x: head(self.featurizer(x)), x, y, eps)
+            return soft_cross_entropy(head(self._encode(x_adv)), targets)
         radius = eps * features.detach().norm(dim=1).mean()
         if self.is_bound:
-            return worst_case_linear_loss(self.classifier(features), self.classifier.weight, targets, radius)
-        delta = self._attack(self.classifier, features.detach(), y, radius) - features.detach()
-        return soft_cross_entropy(self.classifier(features + delta), targets)
+            return worst_case_linear_loss(head(features), head.weight, targets, radius)
+        delta = self._attack(head, features.detach(), y, radius) - features.detach()
+        return soft_cross_entropy(head(features + delta), targets)
 
     def _attack(self, model: Any, inputs: Tensor, y: Tensor, eps: float | Tensor) -> Tensor:
         """Maximise the cross-entropy against the label; batch norm stays in evaluation mode meanwhile."""
@@ -197,3 +242,17 @@ class AFT(ERM):
             )
         finally:
             self.featurizer.train(was_training)
+
+
+@torch.no_grad()
+def _validate(
+    featurizer: nn.Module, heads: Mapping[float, nn.Module], domains: Iterable[Sequence[Batch]]
+) -> dict[float, float]:
+    """Return each head's cross-entropy against the labels: the mean over domains of the mean over their images."""
+    losses: dict[float, list[float]] = {radius: [] for radius in heads}
+    for batches in domains:
+        encoded = [(featurizer(x), y) for x, y in batches]
+        for radius, head in heads.items():
+            total = sum(float(F.cross_entropy(head(features), y, reduction="sum")) for features, y in encoded)
+            losses[radius].append(total / sum(len(y) for _, y in encoded))
+    return {radius: sum(values) / len(values) for radius, values in losses.items()}

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from daft_domainbed.functional.entropy import find_matching_scale, get_mean_entropy
 from daft_domainbed.functional.losses import kd_loss
-from daft_domainbed.hparams import Hparam, number, or_auto, pick, uniform
-from daft_domainbed.teachers.facts import take_teacher
+from daft_domainbed.hparams import Hparam, is_bool, number, or_auto, pick, uniform
+from daft_domainbed.runtime.randomness import preserve_states, seed_everything
+from daft_domainbed.teachers.facts import require_run_facts, take_teacher
+from daft_domainbed.teachers.samples import read_in_splits
 
 if TYPE_CHECKING:
     from daft_domainbed.algorithms.base import ERM
@@ -23,8 +26,12 @@ class KD(ERM):
     """Knowledge distillation (Hinton et al., 2015): a student learns from the labels and from a frozen teacher.
 
     Minimises (1 - kd_weight) CE(S(x), y) + kd_weight kd_temperature^2 KL(teacher || student) over the student S.
-    The teacher sees the student's own augmented view. The student has no parameter beyond ERM's, and the teacher
-    is none of its modules: state dict, optimizer and train() know only the student.
+    With `kd_match`, the rival explanation of DAFT, the teacher's logits are divided by the s for which its beliefs,
+    softened, have the mean entropy of those of the AFT teacher on the training images: then KD and DAFT differ in the
+    direction of the teacher's logits only.
+
+    The teacher sees the student's own augmented view. The student has no parameter beyond ERM's, and the teacher is
+    none of its modules: state dict, optimizer and train() know only the student.
     """
 
     SOURCE = "Hinton, Vinyals and Dean, 2015, arXiv 1503.02531"
@@ -35,13 +42,30 @@ class KD(ERM):
         "kd_temperature": Hparam(
             4.0, number(0, open_low=True), "softens teacher and student", pick(1.0, 2.0, 4.0, 5.0, 10.0)
         ),
+        "kd_match": Hparam(
+            False,
+            is_bool,
+            "scale the teacher's logits to the confidence of the AFT teacher that DAFT would have",
+            is_optional=True,
+        ),
     }
 
-    def __init__(
-        self, input_shape: Sequence[int], num_classes: int, num_domains: int, hparams: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, input_shape: Sequence[int], num_classes: int, num_domains: int, hparams: dict[str, Any]) -> None:
         super().__init__(input_shape, num_classes, num_domains, hparams)
         self.teacher = take_teacher()
+        self.match_scale = 1.0
+        if hparams.get("kd_match"):
+            self.match_scale = self.hparams["kd_match_scale"] = self._find_match_scale()
+
+    def _find_match_scale(self) -> float:
+        """Return what the teacher's logits are divided by to be as confident as the AFT teacher on training images."""
+        facts, temperature = require_run_facts("kd_match"), self.hparams["kd_temperature"]
+        rival = take_teacher("aft_teacher")
+        with preserve_states():
+            seed_everything(facts.args.seed)
+            pairs = [(self.teacher(x), rival(x)) for x, _ in read_in_splits(facts)]
+        own, theirs = (torch.cat(logits) for logits in zip(*pairs, strict=True))
+        return find_matching_scale(own, temperature, get_mean_entropy(theirs, temperature))
 
     def update(
         self, minibatches: Sequence[tuple[Tensor, Tensor]], unlabeled: Sequence[Tensor] | None = None
@@ -53,7 +77,8 @@ class KD(ERM):
 
         logits = self.predict(x)
         task_loss = F.cross_entropy(logits, y)
-        distillation_loss = kd_loss(logits, self.teacher(x), self.hparams["kd_temperature"])
+        teacher_logits = self.teacher(x) / self.match_scale  # by 1, nothing changes
+        distillation_loss = kd_loss(logits, teacher_logits, self.hparams["kd_temperature"])
         loss = (1 - weight) * task_loss + weight * distillation_loss
 
         self.optimizer.zero_grad()
@@ -74,7 +99,7 @@ class DAFT(KD):
     """
 
     SOURCE = "Nasery, Addepalli, Netrapalli and Jain, 2022, arXiv 2208.09139"
-    HPARAMS: ClassVar[dict[str, Hparam]] = KD.HPARAMS | {
+    HPARAMS: ClassVar[dict[str, Hparam]] = {name: KD.HPARAMS[name] for name in ("kd_weight", "kd_temperature")} | {
         "aft_steps": Hparam(
             "auto",
             or_auto(number(1, integer=True)),

@@ -178,6 +178,29 @@ def fine_tune(backbone: str, batch: int, attack_steps: int, on_step: OnStep) -> 
         on_step()
 
 
+def train_tail(backbone: str, side: int, n_stages: int, batch: int, on_step: OnStep) -> None:
+    """Train what lies behind a network's first stages without end, on what these gave; the cut is what is shared."""
+    from daft_domainbed.models.backbones import build_backbone
+    from daft_domainbed.models.stages import Prefix
+
+    featurizer: Any = build_backbone(backbone, (3, 32, 32), "none", side).to(memory_format=torch.channels_last)
+    prefix, head = Prefix(featurizer.network, n_stages), nn.Linear(featurizer.n_outputs, 8)
+    x, y = torch.rand(256, 3, 32, 32), torch.randint(8, (256,))
+    for part in prefix.modules:
+        part.eval().requires_grad_(False)
+    with torch.no_grad():
+        rows = torch.cat([prefix.compute(images, featurizer) for images in x.split(16)])
+    optimizer = torch.optim.Adam([*featurizer.parameters(), *head.parameters()], lr=1e-3)
+    while True:
+        picked = torch.randint(len(x), (batch,))
+        loss = F.cross_entropy(head(prefix.go_on(rows[picked], x[picked], featurizer)), y[picked])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        loss.item()
+        on_step()
+
+
 def build_network(backbone: str) -> nn.Sequential:
     """Build a network for EmojiStyles; its definition is the one thing that is shared."""
     from daft_domainbed.models.resnet8 import ResNet8

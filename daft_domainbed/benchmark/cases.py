@@ -171,6 +171,21 @@ def aft_pixels(bench: Bench) -> Rounds:
         yield {"ours": _take_steps(ours, n), "bare": _take_steps(bare, n)}
 
 
+@case("the same steps behind the frozen stages in plain torch, their activations computed before",
+      Goal("step", "s", "bare", 1.1))  # fmt: skip
+def pretrained_step(bench: Bench) -> Rounds:
+    """ERM step of a MobileNetV3 at 64 px whose first stages are frozen and remembered, on EmojiStyles, batch 3 x 16."""
+    backbone: dict[str, Any] = {"backbone": "mobilenet_v3_small", "batch_size": 16, "n_views": 1}
+    cut = {"weights": "none", "backbone_input_size": 64, "backbone_frozen": "stages:4"}
+    n = bench.size.chunk
+    with (
+        _pace_engine(bench, dataset="EmojiStyles", holdout_fraction=0.9, hparams=backbone | cut) as ours,
+        bench.pace("bare:train_tail", backbone="mobilenet_v3_small", side=64, n_stages=4, batch=48) as bare,
+    ):
+        ours.advance(1 if n == 1 else 40)  # until every image has come
+        yield {"ours": _take_steps(ours, n), "bare": _take_steps(bare, n)}
+
+
 LOADER = "torch's own loader, a worker a thread, the same augmentation"
 
 

@@ -14,9 +14,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import TensorDataset, default_collate
 
-from daft_domainbed.data.augmentation import SplitTransform, split_transform
+from daft_domainbed.data.augmentation import Draw, SplitTransform, split_transform
 from daft_domainbed.data.image_cache import CachedImages, read_or_name
 from daft_domainbed.data.streams import Stream
+from daft_domainbed.data.views import Views
 from daft_domainbed.errors import UsageError
 from daft_domainbed.host import contract
 from daft_domainbed.runtime.randomness import States
@@ -24,9 +25,19 @@ from daft_domainbed.runtime.randomness import States
 EVAL_BATCH_SIZE = 64  # upstream's; another size could round a tie the other way
 
 
-def make_stream(split: Any, batch_size: int, num_workers: int, weights: Tensor | None = None) -> Stream:
-    """Return the endless stream of training batches that upstream's loader would give for a split."""
-    return _make_stream(split, batch_size, num_workers, weights=weights)
+def make_stream(
+    split: Any, batch_size: int, num_workers: int, weights: Tensor | None = None, views: Views | None = None
+) -> Stream:
+    """Return the endless stream of training batches that upstream's loader would give for a split.
+
+    Args:
+        split: Of an environment.
+        batch_size: Images of a batch.
+        num_workers: Upstream's N_WORKERS.
+        weights: A weight an image, [N], that balances classes.
+        views: The few views that an image is shown in; None draws another one every time.
+    """
+    return _make_stream(split, batch_size, num_workers, views, weights=weights)
 
 
 def make_eval_stream(split: Any, num_workers: int) -> Stream:
@@ -34,13 +45,23 @@ def make_eval_stream(split: Any, num_workers: int) -> Stream:
     return _make_stream(split, EVAL_BATCH_SIZE, num_workers, training=False)
 
 
-def _make_stream(split: Any, *sizes: int, **options: Any) -> Stream:
+def read_split(split: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the images of a split in order, in batches; augmentation draws from the global generators."""
+    fetch, _ = _make_fetch(split)
+    for start in range(0, len(split), EVAL_BATCH_SIZE):
+        yield fetch([*range(start, min(start + EVAL_BATCH_SIZE, len(split)))])
+
+
+def _make_stream(split: Any, batch_size: int, num_workers: int, views: Views | None = None, **options: Any) -> Stream:
+    sizes = (len(split), batch_size, num_workers)
     data = split.underlying_dataset
     is_plain = contract.is_plain_folder(data) or isinstance(getattr(data, "loader", None), CachedImages)
     if is_plain and (transform := split_transform(data.transform)):
-        return _ImageStream(_Images(split, transform), len(split), *sizes, draws=transform.draws, **options)
+        return _ImageStream(_Images(split, transform, views), *sizes, draws=transform.draws, **options)
     fetch, draws = _make_fetch(split)
-    return Stream(fetch, len(split), *sizes, draws=draws, **options)
+    if views is None:
+        return Stream(fetch, *sizes, draws=draws, **options)
+    return Stream(lambda indices: views.fetch(split.keys, fetch, indices), *sizes, **options)
 
 
 def _make_fetch(split: Any) -> tuple[Callable[[list[int]], tuple[Tensor, Tensor]], bool]:
@@ -79,8 +100,8 @@ class _Pending:
 class _Images:
     """A split of an image folder: a batch is drawn for on this thread, in order, and computed on several others."""
 
-    def __init__(self, split: Any, transform: SplitTransform) -> None:
-        self.keys, self.data, self.transform = split.keys, split.underlying_dataset, transform
+    def __init__(self, split: Any, transform: SplitTransform, views: Views | None) -> None:
+        self.keys, self.data, self.transform, self.views = split.keys, split.underlying_dataset, transform, views
         self.sizes: dict[int, tuple[int, int]] = {}  # (width, height) of the images seen so far
 
     def begin(self, indices: list[int]) -> _Pending:
@@ -91,7 +112,7 @@ class _Images:
         if self.transform.draws:  # which depends on an image's size
             unknown = [key for key in dict.fromkeys(keys) if key not in self.sizes]
             self.sizes |= zip(unknown, pool.map(self._measure, unknown), strict=True)
-        draws = [self.transform.draw(*self.sizes[key][::-1]) if self.transform.draws else None for key in keys]
+        draws = self._draw(keys)
         x = torch.empty(len(keys), 3, self.transform.height, self.transform.width)
         out = x.numpy()
 
@@ -104,6 +125,15 @@ class _Images:
 
         y = torch.tensor([self.data.samples[key][1] for key in keys])
         return _Pending((x, y), [pool.submit(compute, first) for first in range(threads)])
+
+    def _draw(self, keys: list[int]) -> list[Draw | None]:
+        def draw(i: int) -> Draw:
+            width, height = self.sizes[keys[i]]
+            return self.transform.draw(height, width)
+
+        if not self.transform.draws:
+            return [None] * len(keys)
+        return self.views.draw(keys, draw) if self.views else [draw(i) for i in range(len(keys))]
 
     def _open(self, key: int) -> Image.Image:
         image: Image.Image = read_or_name(self.data.loader, self.data.samples[key][0])

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from daft_domainbed.arguments import TrainArgs
+from daft_domainbed.data.left_out import leave_out
 from daft_domainbed.errors import UsageError
 from daft_domainbed.host.contract import Host
 
@@ -31,7 +32,8 @@ def build_data(host: Host, args: TrainArgs, hparams: Mapping[str, Any], dataset_
     """Build a data set and split every environment.
 
     Raises:
-        UsageError: It is read from files, and they are not where they were looked for.
+        UsageError: It is read from files, and they are not where they were looked for; or it has not the classes that
+            are to be left out.
     """
     try:
         dataset = dataset_class(args.data_dir, list(args.test_envs), hparams)
@@ -45,6 +47,8 @@ def build_data(host: Host, args: TrainArgs, hparams: Mapping[str, Any], dataset_
             raise
         reason = " ".join(str(error).split())[:200]
         raise UsageError(f"{args.dataset} cannot be read from --data_dir {args.data_dir}: {reason}") from error
+    if args.leave_out_classes:
+        leave_out(dataset, args.leave_out_classes)
     return split_environments(host, args, dataset)
 
 

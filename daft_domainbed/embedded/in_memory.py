@@ -88,6 +88,7 @@ class RotatedMNIST(DealtDigits):
     ENVIRONMENTS = ["0", "15", "30", "45", "60", "75"]
     CHANGES = [0, 15, 30, 45, 60, 75]
     INPUT_SHAPE = (1, 28, 28)
+    CLASSES = [str(digit) for digit in range(10)]
     num_classes = 10
 
     def change(self, images: Tensor, digits: Tensor, by: float) -> tuple[Tensor, Tensor]:  # noqa: D102
@@ -145,7 +146,8 @@ class EmojiStyles(MultipleDomainDataset):
     INPUT_SHAPE = (3, 32, 32)
     SMALL = True
     HPARAMS = {"batch_size": SMALL_BATCHES, "backbone": ("resnet8_w8", None)}
-    num_classes = len(EMOJI_CLASSES)
+    CLASSES = list(EMOJI_CLASSES)
+    num_classes = len(CLASSES)
 
     def __init__(self, root: str | None, test_envs: Collection[int], hparams: dict[str, Any]) -> None:
         self.input_shape = self.INPUT_SHAPE

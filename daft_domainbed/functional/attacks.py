@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from daft_domainbed.functional.input_spec import InputSpec
 
@@ -59,6 +60,17 @@ def draw_start(like: Tensor, eps: float | Tensor, norm: Norm, generator: torch.G
     return unit.to(like) * eps
 
 
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Keep a network in evaluation mode: what an attack tries is no data, and must not move batch norm's statistics."""
+    was_training = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(was_training)
+
+
 def run_pgd(
     loss: Callable[[Tensor], Tensor],
     x: Tensor,
@@ -69,6 +81,7 @@ def run_pgd(
     spec: InputSpec | None = None,
     step_size: float | Tensor | None = None,
     generator: torch.Generator | None = None,
+    start: Tensor | None = None,
 ) -> Tensor:
     """Projected gradient ascent inside the ball and the pixel box (Madry et al., 2018).
 
@@ -82,7 +95,8 @@ def run_pgd(
         steps: Number of ascent steps; 0 returns the start.
         spec: How the input was normalised; None for features, which have no box.
         step_size: In the unit of eps; 1.5 eps / steps where None.
-        generator: Draws a random start; None starts at x.
+        generator: Draws a start that is uniform in the ball; None starts at x.
+        start: A perturbation to begin with instead, the shape of x, in the unit of eps.
 
     Returns:
         Perturbed inputs, the shape of x, without gradient. With eps = 0 they are x itself.
@@ -100,8 +114,9 @@ def run_pgd(
         # The box holds x, so clamping only ever shortens a perturbation.
         return perturbed if box is None else torch.minimum(torch.maximum(perturbed, box[0]), box[1])
 
-    delta = torch.zeros_like(x) if generator is None else draw_start(x, eps, norm, generator)
-    x_adv = move_inside(delta)
+    if start is None:
+        start = torch.zeros_like(x) if generator is None else draw_start(x, eps, norm, generator)
+    x_adv = move_inside(start)
     for _ in range(steps):
         x_adv.requires_grad_()
         with torch.enable_grad():

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from daft_domainbed.arguments import TrainArgs
-from daft_domainbed.methods import STUDENT
-from daft_domainbed.plugin.registration import list_sources
+from daft_domainbed.methods import EVALUATION, STUDENT
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class Job:
     """One run of a sweep.
 
     Attributes:
-        stage: What it is for: "student", or "<kind>_teacher".
+        stage: What it is for: "student", "<kind>_teacher", or "evaluation".
         folder: Its output folder, relative to the sweep's where it lies inside.
         args: Its arguments.
         needs: Folders of the teachers that have to be there before.
@@ -26,7 +26,20 @@ class Job:
     folder: str
     args: TrainArgs
     needs: list[str] = field(default_factory=list)
-    imports: list[str] = field(default_factory=list_sources)
+    imports: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class EvaluationJob(Job):
+    """The evaluation of one checkpoint of a sweep; `args` are those of the run that made it.
+
+    Attributes:
+        checkpoint: Its file, relative to the sweep's folder where it lies inside.
+        asked: The arguments of `evaluate` that are not its own.
+    """
+
+    checkpoint: str = ""
+    asked: dict[str, Any] = field(default_factory=dict)
 
 
 def group_by_depth(jobs: Iterable[Job]) -> list[list[Job]]:
@@ -48,7 +61,12 @@ def name_job(job: Job) -> str:
     """Return what a job makes.
 
     Example:
+        >>> name_job(EvaluationJob("evaluation", "0/evaluation", TrainArgs(algorithm="KD")))
+        'KD evaluation'
+
         >>> name_job(Job("aft_teacher", "teachers/AFT-0", TrainArgs(algorithm="AFT")))
         'AFT teacher'
     """
+    if job.stage == EVALUATION:
+        return f"{job.args.algorithm} evaluation"
     return f"{job.args.algorithm} teacher" if job.stage.endswith("_teacher") else job.stage

@@ -16,7 +16,7 @@ from daft_domainbed.hparams import parse_json
 from daft_domainbed.launch.job import Job, group_by_depth
 from daft_domainbed.methods import STUDENT, list_stages, name_stage
 from daft_domainbed.plugin.defaults import check_user_hparams, get_known_hparams
-from daft_domainbed.plugin.registration import register
+from daft_domainbed.plugin.registration import list_sources, register
 from daft_domainbed.runtime.layout import TEACHERS_FOLDER
 from daft_domainbed.teachers.plan import list_slots_to_make, plan_teacher
 from daft_domainbed.training.prepare import Prepared, check_test_envs, choose_hparams, prepare_first_runs
@@ -37,7 +37,7 @@ def make_plan(sweep: SweepArgs) -> list[Job]:
     for algorithm in sweep.algorithms:
         get_algorithm_class(host, algorithm)
     datasets = [describe_dataset(host, name, user) for name in sweep.datasets]
-    stages = list(dict.fromkeys(stage for algorithm in sweep.algorithms for stage in list_stages(algorithm)))
+    stages = list(dict.fromkeys(stage for algorithm in sweep.algorithms for stage in list_stages(algorithm, user)))
     for dataset in datasets:
         check_user_hparams(host, user, stages, dataset, asked=sweep.algorithms)
     students = list(_list_students(host, sweep, user, datasets))
@@ -93,7 +93,8 @@ def _list_students(
 
 def _keep_known(host: Host, user: Mapping[str, Any], algorithm: str, dataset: DatasetFacts) -> str | None:
     """Return, as `--hparams`, what of the user's an algorithm and its teachers know."""
-    known = {name for stage in list_stages(algorithm) for name in get_known_hparams(host, stage, dataset)}
+    stages = list_stages(algorithm, user)
+    known = {name for stage in stages for name in get_known_hparams(host, stage, dataset, user)}
     own = {name: value for name, value in user.items() if name in known}
     return json.dumps(own, sort_keys=True) if own else None
 
@@ -130,7 +131,7 @@ class _Jobs:
         hparams = choose_hparams(shared.host, args, shared.dataset, shared.user_hparams)
         complete = replace(args, steps=args.steps or shared.n_steps)
         needs = self._add_teachers(complete, hparams, shared.user_hparams, shared)
-        self.by_folder.setdefault(folder, Job(STUDENT, folder, args, needs))
+        self.by_folder.setdefault(folder, Job(STUDENT, folder, args, needs, list_sources()))
 
     def _add_teachers(
         self, args: TrainArgs, hparams: Mapping[str, Any], user: Mapping[str, Any], shared: Prepared
@@ -145,5 +146,5 @@ class _Jobs:
                 placed = teacher.place(self.store)
                 own = choose_hparams(shared.host, placed, shared.dataset, teacher.hparams)
                 needs = self._add_teachers(placed, own, teacher.hparams, shared)
-                self.by_folder[folder] = Job(name_stage(placed.algorithm), folder, placed, needs)
+                self.by_folder[folder] = Job(name_stage(placed.algorithm), folder, placed, needs, list_sources())
         return folders

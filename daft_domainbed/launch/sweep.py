@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from daft_domainbed.methods import COMPARED, STUDENT
 if TYPE_CHECKING:
     from daft_domainbed.arguments import SweepArgs
     from daft_domainbed.launch.job import Job
+    from daft_domainbed.launch.launchers import Launcher
     from daft_domainbed.launch.options import Options
 
 
@@ -56,9 +57,7 @@ def launch(sweep: SweepArgs, options: Options, *, launcher: str, ask: bool, keep
     from daft_domainbed.launch.launchers import find_launcher
     from daft_domainbed.launch.plan import make_plan
     from daft_domainbed.launch.plan_file import check_plan, write_plan
-    from daft_domainbed.launch.progress import SweepProgress
     from daft_domainbed.launch.states import is_done
-    from daft_domainbed.runtime import stopping
 
     run, options = find_launcher(launcher, sweep.host), replace(options, threads=sweep.threads)
     check_plan(sweep)
@@ -70,21 +69,60 @@ def launch(sweep: SweepArgs, options: Options, *, launcher: str, ask: bool, keep
         if waiting and not _confirm(f"Launch {len(waiting)} jobs with {launcher}?"):
             return False
     write_plan(sweep, jobs)
-    environments = _name_environments(sweep)
-    with (
-        stopping.listening(signal.SIGINT, signal.SIGTERM),
-        SweepProgress(jobs, len(jobs) - len(waiting), options.n_jobs or 1, environments) as progress,
-    ):
-        progress.plan(waiting)
-        failures = run(root, jobs, options, progress)
-    if failures:
-        folder, reason = next(iter(failures.items()))
-        raise RunError(f"{len(failures)} of {len(jobs)} jobs failed, the first in {root / folder}: {reason}")
+    failures = _run(run, root, jobs, len(waiting), options, _name_environments(sweep))
     if keep == "chosen" and failures is not None:
         _keep_chosen(root)
     if not waiting:
         print(f"all {len(jobs)} jobs are done", file=sys.stderr)
     return True
+
+
+def evaluate_chosen(root: Path, asked: Mapping[str, Any], options: Options, *, launcher: str, ask: bool) -> None:
+    """Evaluate the checkpoints that a sweep chose, as far as that is not done.
+
+    Raises:
+        UsageError: Nothing is chosen yet, or the sweep holds evaluations that were asked otherwise.
+        RunError: A job failed; the others were run nevertheless.
+        Stopped: By a signal; the same command goes on.
+    """
+    from daft_domainbed.launch.evaluations import plan_evaluations, write_evaluations
+    from daft_domainbed.launch.launchers import find_launcher
+    from daft_domainbed.launch.states import is_done
+
+    sweep = collect_sweep_args({"output_dir": str(root)})
+    run, options = find_launcher(launcher, sweep.host), replace(options, threads=sweep.threads)
+    jobs = plan_evaluations(root, asked)
+    waiting = [job for job in jobs if not is_done(root / job.folder)]
+    question = f"Evaluate {len(waiting)} checkpoints of {len(jobs)} with {launcher}?"
+    if ask and waiting and launcher != "dummy" and not _confirm(question):
+        return
+    write_evaluations(root, jobs)
+    _run(run, root, jobs, len(waiting), options, _name_environments(sweep))
+
+
+def _run(
+    run: Launcher,
+    root: Path,
+    jobs: Sequence[Job],
+    n_waiting: int,
+    options: Options,
+    environments: Mapping[str, Sequence[str]],
+) -> dict[str, str] | None:
+    """Run jobs on a launcher and show how they get on; return the failures, as launchers do."""
+    from daft_domainbed.launch.progress import SweepProgress
+    from daft_domainbed.launch.states import is_done
+    from daft_domainbed.runtime import stopping
+
+    with (
+        stopping.listening(signal.SIGINT, signal.SIGTERM),
+        SweepProgress(jobs, len(jobs) - n_waiting, options.n_jobs or 1, environments) as progress,
+    ):
+        progress.plan([job for job in jobs if not is_done(root / job.folder)])
+        failures = run(root, jobs, options, progress)
+    if failures:
+        folder, reason = next(iter(failures.items()))
+        raise RunError(f"{len(failures)} of {len(jobs)} jobs failed, the first in {root / folder}: {reason}")
+    return failures
 
 
 def _name_environments(sweep: SweepArgs) -> dict[str, list[str]]:
@@ -140,7 +178,9 @@ def delete_incomplete(root: Path, *, ask: bool) -> None:
             if is_done(folder):  # by another launch, in the meantime
                 continue
             for path in folder.iterdir():
-                if path.name != locks.LOCK_FILE:  # by which the folder is ours until it is empty
+                if path.is_dir() and not path.is_symlink():  # logs of an algorithm of the user's
+                    shutil.rmtree(path)
+                elif path.name != locks.LOCK_FILE:  # by which the folder is ours until it is empty
                     path.unlink()
             n_deleted += 1
         with suppress(OSError):  # somebody has begun anew

@@ -20,7 +20,9 @@ from daft_domainbed import plugin
 from daft_domainbed.arguments import TrainArgs
 from daft_domainbed.cli import positive_int
 from daft_domainbed.errors import DISK_FULL, RunError, UsageError
-from daft_domainbed.launch.job import Job
+from daft_domainbed.evaluation.evaluate import EvaluateArgs, evaluate
+from daft_domainbed.launch.evaluations import read_evaluations
+from daft_domainbed.launch.job import EvaluationJob, Job
 from daft_domainbed.launch.plan_file import read_jobs
 from daft_domainbed.launch.states import is_done, write_failure
 from daft_domainbed.runtime import stopping
@@ -38,7 +40,7 @@ class Outcome:
 
 
 def do_job(root: Path, job: Job, *, threads: int, on_step: Callable[[int, int], None] | None = None) -> Outcome:
-    """Train what a job says, from where it was; what goes wrong is left in its folder.
+    """Train or evaluate what a job says, from where it was; what goes wrong is left in its folder.
 
     A job whose teacher failed is not run. A teacher that is merely missing is trained on the way, or waited for.
 
@@ -61,7 +63,7 @@ def do_job(root: Path, job: Job, *, threads: int, on_step: Callable[[int, int], 
         (folder / FAILED_FILE).unlink(missing_ok=True)
         for source in job.imports:
             plugin.import_source(source)
-        train(_place(root, job), quiet=True, on_step=on_step)
+        _do(root, job, on_step)
     except (Claimed, TakenOver):
         return Outcome("busy")
     except stopping.Stopped as stopped:
@@ -76,6 +78,15 @@ def do_job(root: Path, job: Job, *, threads: int, on_step: Callable[[int, int], 
                 traceback.print_exc(file=file)
         return _fail(folder, f"{type(error).__name__}: {error} (traceback in its err.txt)")
     return Outcome("done")
+
+
+def _do(root: Path, job: Job, on_step: Callable[[int, int], None] | None) -> None:
+    if isinstance(job, EvaluationJob):
+        evaluate(
+            EvaluateArgs([str(root / job.checkpoint)], output_dir=str(root / job.folder), **job.asked), on_step=on_step
+        )
+    else:
+        train(_place(root, job), quiet=True, on_step=on_step)
 
 
 def _place(root: Path, job: Job) -> TrainArgs:
@@ -110,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _find_job(root: Path, folder: str) -> Job:
-    jobs = {job.folder: job for job in read_jobs(root)}
+    jobs = {job.folder: job for job in [*read_jobs(root), *read_evaluations(root)]}
     if folder not in jobs:
         raise UsageError(f"the plan of {root} has no job {folder}: the launcher 'dummy' prints each job's command")
     return jobs[folder]

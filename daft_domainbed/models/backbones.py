@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from daft_domainbed.errors import UsageError
 from daft_domainbed.functional.input_spec import INPUT_SPECS, InputSpec
 from daft_domainbed.models.feature_memory import FeatureMemory
-from daft_domainbed.models.frozen import freeze, remember
+from daft_domainbed.models.frozen import Frost, freeze, freeze_prefix, remember
+from daft_domainbed.models.open_clip import build_open_clip
 from daft_domainbed.models.pretrained import build_timm, build_torchvision
 from daft_domainbed.models.resnet8 import ResNet8
 from daft_domainbed.models.weights import load_weights
@@ -31,8 +33,10 @@ def build_backbone(
 ) -> nn.Module:
     """Build a featurizer by name, with its number of features as `n_outputs`.
 
+    One of open_clip resizes its input to the size that it knows, whatever the others do.
+
     Args:
-        name: `resnet8_w<N>`, a torchvision model, or `timm/<name>`.
+        name: `resnet8_w<N>`, a torchvision model, `timm/<name>`, or `open_clip/<name>`.
         input_shape: (C, H, W).
         weights: "pretrained", "none", or a file of the backbone's state dict; resnet8 has only the latter two.
         side: Pixels to which a torchvision or timm backbone resizes its input; None leaves it.
@@ -48,15 +52,100 @@ def build_backbone(
         return network if weights in ("pretrained", "none") else _load_into(network, Path(weights), name)
     if input_shape[0] != 3:
         raise UsageError(f"backbone {name!r} takes 3 channels, the data have {input_shape[0]}: use resnet8_w<N>")
+    if name.startswith("open_clip/"):
+        towers = build_open_clip(name.removeprefix("open_clip/"), weights)
+        side = towers.side if side is None else side
+        return HeadlessBackbone(towers, side, input_spec, _get_network_spec(towers), input_shape, name)
     network = build_timm(name, weights) if name.startswith("timm/") else build_torchvision(name, weights)
     if weights not in ("pretrained", "none"):
         _load_into(network, Path(weights), name)
     return HeadlessBackbone(network, side, input_spec, _get_network_spec(network), input_shape, name)
 
 
-def freeze_backbone(backbone: nn.Module) -> nn.Module:
-    """Freeze a backbone in place; one of torchvision or timm, which is expensive, remembers its features."""
-    return remember(backbone, FeatureMemory()) if isinstance(backbone, HeadlessBackbone) else freeze(backbone)
+def build_backbones(
+    names: str | Sequence[str],
+    input_shape: Sequence[int],
+    weights: str | Sequence[str],
+    sides: int | str | Sequence[int | str],
+    input_spec: InputSpec,
+) -> nn.Module:
+    """Build a featurizer of one network, or of several side by side.
+
+    Args:
+        names: One, or a list.
+        input_shape: (C, H, W).
+        weights: As for `build_backbone`; one for all networks, or one each.
+        sides: The same of their side; "auto" leaves the image as it is.
+        input_spec: How the data set normalised its images.
+
+    Raises:
+        UsageError: As `build_backbone`, or another number of weights or sides than of networks.
+    """
+    listed = [names] if isinstance(names, str) else list(names)
+    parts = [
+        build_backbone(name, input_shape, own_weights, None if isinstance(side, str) else side, input_spec)
+        for name, own_weights, side in zip(
+            listed, _give_each(weights, listed, "weights"), _give_each(sides, listed, "input sizes"), strict=True
+        )
+    ]
+    return parts[0] if isinstance(names, str) else ConcatenatedBackbone(parts)
+
+
+def _give_each(value: Any, names: Sequence[str], what: str) -> list[Any]:
+    values = value if isinstance(value, list) else [value] * len(names)
+    if len(values) != len(names):
+        raise UsageError(f"{len(values)} {what} for {len(names)} backbones ({', '.join(names)}): give one, or one each")
+    return values
+
+
+def freeze_backbone(backbone: nn.Module, *, remembers: bool = False) -> nn.Module:
+    """Freeze a backbone in place; one of torchvision or timm, which is expensive, remembers its features.
+
+    Args:
+        backbone: Any.
+        remembers: Whether the others do so too.
+    """
+    if isinstance(backbone, ConcatenatedBackbone):
+        for part in backbone.parts:
+            freeze_backbone(part, remembers=remembers)
+    elif remembers or isinstance(backbone, HeadlessBackbone):
+        return remember(backbone, FeatureMemory())
+    return freeze(backbone)
+
+
+def freeze_for_probe(algorithm: Any) -> Frost:
+    """Freeze an algorithm's backbone while its head alone is trained (Kumar et al., 2022, arXiv 2202.10054).
+
+    Raises:
+        UsageError: It has no featurizer.
+    """
+    featurizer = getattr(algorithm, "featurizer", None)
+    if not isinstance(featurizer, nn.Module):
+        kind = type(algorithm).__name__
+        raise UsageError(f"hyperparameter probe_steps: {kind} has no featurizer that could be frozen meanwhile")
+    return Frost(featurizer, freeze_backbone)
+
+
+def freeze_part(backbone: nn.Module, part: bool | str, input_shape: Sequence[int]) -> nn.Module:
+    """Freeze as much of a backbone as a hyperparameter says, in place.
+
+    Args:
+        backbone: Any.
+        part: False, true, or "stages:N": the stem and the first N stages, whose activations it remembers.
+        input_shape: (C, H, W) of an image.
+
+    Raises:
+        UsageError: It has fewer stages, or none.
+    """
+    if not isinstance(part, str):
+        return freeze_backbone(backbone) if part else backbone
+    if isinstance(backbone, ConcatenatedBackbone):
+        for inner in backbone.parts:
+            freeze_part(inner, part, input_shape)
+        return backbone
+    if any(isinstance(module, nn.Conv2d) and module.groups > 1 for module in backbone.modules()):
+        backbone.to(memory_format=torch.channels_last)  # a third faster on a CPU; plain convolutions are slower so
+    return freeze_prefix(backbone, int(part.removeprefix("stages:")), input_shape)
 
 
 class HeadlessBackbone(nn.Module):
@@ -97,12 +186,33 @@ class HeadlessBackbone(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Encode images, [B, C, H, W], as the data set normalised them, into features, [B, D]."""
+        return self.network(self.prepare(x)).flatten(1)
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """Return images of the size and normalisation that the network knows."""
         if self.side is not None and x.shape[-1] != self.side:
             x = F.interpolate(x, size=(self.side, self.side), mode="bilinear", align_corners=False)
         if self.data_spec.has_box and self.data_spec != self.network_spec:
             scale, shift = self.data_spec.get_std(x), self.data_spec.get_mean(x)
             x = (x * scale + shift - self.network_spec.get_mean(x)) / self.network_spec.get_std(x)
-        return self.network(x).flatten(1)
+        return x
+
+
+class ConcatenatedBackbone(nn.Module):
+    """Several backbones side by side, each with its own input size and normalisation; their features are one vector.
+
+    Args:
+        parts: Map images to features, [B, D_i].
+    """
+
+    def __init__(self, parts: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+        self.n_outputs = sum(part.n_outputs for part in parts)  # type: ignore[misc]  # ours all have it
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Encode images, [B, C, H, W], into the features of all parts, [B, sum of D_i]."""
+        return torch.cat([part(x) for part in self.parts], dim=1)
 
 
 def _get_network_spec(network: nn.Module) -> InputSpec:

@@ -6,7 +6,7 @@ import shutil
 import sqlite3
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from hashlib import blake2b, sha256
 from pathlib import Path
 
@@ -115,8 +115,13 @@ def _sum(dtype: object, row: object) -> bytes:
 
 
 def name_backbone(module: nn.Module) -> str:
-    """Return a name for what a frozen backbone computes: a hash of layers, weights and all that decides on rounding."""
+    """Return a name for what a frozen backbone computes."""
+    return name_layers(str(module), module.state_dict())
+
+
+def name_layers(layers: str, state: Mapping[str, Tensor]) -> str:
+    """Return a name for what layers compute: a hash of their repr, weights and all that decides on rounding."""
     libraries = [f"{name} {sys.modules[name].__version__}" for name in ("timm", "torchvision") if name in sys.modules]
     versions = [__version__, torch.__version__, *libraries, torch.backends.cpu.get_cpu_capability()]
-    parts = [str(module), hash_state(module.state_dict()), *versions, str(torch.get_num_threads())]
+    parts = [layers, hash_state(state), *versions, str(torch.get_num_threads())]
     return sha256("\n".join(parts).encode()).hexdigest()[:16]

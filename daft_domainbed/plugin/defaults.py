@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
+from daft_domainbed.embedded import hparams_registry
+from daft_domainbed.errors import UsageError
 from daft_domainbed.host.contract import DEFAULT_INPUT_SIZE, DatasetFacts, Host
-from daft_domainbed.hparams import Hparam, check_names, check_values, is_bool, is_text, number, one_of, or_auto
-from daft_domainbed.methods import Slot, find_method, list_ours, load_class
+from daft_domainbed.hparams import (
+    Hparam,
+    check_names,
+    check_values,
+    is_frozen,
+    is_text,
+    number,
+    one_of,
+    one_or_more,
+    or_auto,
+    or_word,
+)
+from daft_domainbed.methods import PLAIN, Slot, find_method, list_ours, list_slots, load_class
 from daft_domainbed.models.weights import to_plain
 from daft_domainbed.plugin.registry import REGISTRY, Pairs
 
@@ -18,29 +32,48 @@ _HOST_SIDES = (28, 32)  # for which DomainBed has small networks
 _SMALL_STUDENT, _SMALL_TEACHER = "resnet8_w8", "resnet8_w32"
 _SMALL_DATASET = "Debug28"  # stands in for "DomainBed's small images", a list that upstream keeps to itself
 
-_SIDE = or_auto(number(8, integer=True))
+_NAMES, _SIDES = one_or_more(is_text), one_or_more(or_auto(number(8, integer=True)))
 
 # Of every algorithm that builds its network through the host's featurizer.
 NETWORK: dict[str, Hparam] = {
     "backbone": Hparam(
         "default",
-        is_text,
-        "`default`, DomainBed's own choice for the input; `resnet8_w<N>`; a torchvision name; or `timm/<name>`",
+        _NAMES,
+        "`default`, DomainBed's own choice for the input; `resnet8_w<N>`; a torchvision name; `timm/<name>`; or "
+        "several names, whose features are taken together",
     ),
     "weights": Hparam(
         "pretrained",
-        is_text,
+        _NAMES,
         "of a torchvision or timm backbone: `pretrained`, `none`, or a file (`.safetensors`, or a state dict that "
         "torch saved)",
     ),
-    "backbone_frozen": Hparam(False, is_bool, "train the head only"),
+    "backbone_frozen": Hparam(
+        False, is_frozen, "what is not trained: true, all but the head; `stages:3`, stem and first stages"
+    ),
     "backbone_input_size": Hparam(
-        "auto", _SIDE, "side in pixels to which a torchvision or timm backbone resizes its input; `auto` leaves it"
+        "auto", _SIDES, "side in pixels to which a torchvision or timm backbone resizes its input; `auto` leaves it"
     ),
     "pixels": Hparam(
         "imagenet",
         one_of("imagenet", "unit", "none"),
         "how the data set normalises its images; kept with a checkpoint, so that its backbone can normalise anew",
+    ),
+}
+# Of how our engine trains any algorithm; upstream's own loop knows none of them.
+ENGINE: dict[str, Hparam] = {
+    "n_views": Hparam(
+        0, number(0, integer=True), "augmented views of an image, which come again; 0: endless", is_optional=True
+    ),
+    "lr_schedule": Hparam("constant", one_of("constant", "cosine"), "of the learning rate", is_optional=True),
+    "average_start": Hparam(
+        "never",
+        or_word("never", number(0, integer=True)),
+        "steps before the weights are averaged, for a read-out beside the plain one",
+        is_optional=True,
+    ),
+    "probe_steps": Hparam(
+        0, number(0, integer=True), "steps in which the head alone is trained, before the rest is", is_optional=True
     ),
 }
 FOLDER: dict[str, Hparam] = {
@@ -56,6 +89,13 @@ def list_slot_hparams(slot: Slot) -> dict[str, Hparam]:
     """Return the hyperparameters that name or describe the model of a slot."""
     name, of = slot.prefix, f"of the {slot.prefix.replace('_', ' ')}"
     made = f"`{name}_backbone` with `{name}_weights`" if slot.kind is None else "found in the store, else trained there"
+    if slot.described_by:
+        which = f"where {slot.asked_by} asks for it: "
+        described = {
+            slot.prefix: Hparam("auto", is_text, f"{which}a checkpoint, a folder to search, or auto"),
+            slot.steps: Hparam("auto", or_auto(number(1, integer=True)), f"{which}updates {of}; auto: a quarter"),
+        }
+        return {name: replace(hparam, is_optional=True) for name, hparam in described.items() if name}
     hparams = {
         "": Hparam(
             "auto",
@@ -63,10 +103,14 @@ def list_slot_hparams(slot: Slot) -> dict[str, Hparam]:
             "a checkpoint; a folder, in which the match with the best out-split accuracy over training domains is "
             f"taken (never a student of a teacher); or `auto`: {made}",
         ),
-        "_backbone": Hparam("resnet50", is_text, f"network {of}, as `backbone`"),
-        "_weights": Hparam("pretrained", is_text, f"what the network {of} starts from, as `weights`"),
-        "_frozen": Hparam(False, is_bool, f"train the head {of} only, a linear probe"),
-        "_input_size": Hparam("auto", _SIDE, f"side in pixels to which the network {of} resizes what the student sees"),
+        "_backbone": Hparam("resnet50", _NAMES, f"network {of}, as `backbone`"),
+        "_weights": Hparam("pretrained", _NAMES, f"what the network {of} starts from, as `weights`"),
+        "_frozen": Hparam(
+            False, is_frozen, f"what is not trained {of}: true, all but the head, a linear probe; `stages:3`, its start"
+        ),
+        "_input_size": Hparam(
+            "auto", _SIDES, f"side in pixels to which the network {of} resizes what the student sees"
+        ),
         "_steps": Hparam("auto", or_auto(number(1, integer=True)), f"updates {of}; `auto`: the run's own"),
         "_lr": Hparam(
             "auto",
@@ -74,18 +118,28 @@ def list_slot_hparams(slot: Slot) -> dict[str, Hparam]:
             f"learning rate {of}; `auto`: the host's, or an `lr` that was given",
             is_optional=True,
         ),
+        "_probe_steps": Hparam(
+            0, number(0, integer=True), f"steps {of} in which its head alone is trained, first", is_optional=True
+        ),
     }
     return {slot.prefix + ending: hparam for ending, hparam in hparams.items()}
 
 
-def list_hparams(algorithm: str) -> dict[str, Hparam]:
-    """Return all hyperparameters of an algorithm that are not the host's, as for a folder of images."""
+def list_hparams(algorithm: str, user: Mapping[str, Any] | None = None) -> dict[str, Hparam]:
+    """Return all hyperparameters of an algorithm that are not the host's, as for a folder of images.
+
+    Args:
+        algorithm: Any.
+        user: What the user gave; what describes a slot that is asked for exists where it is.
+    """
     method = find_method(algorithm)
-    hparams = (NETWORK if method.has_own_architecture else {}) | FOLDER
-    for slot in method.slots:
+    hparams = (NETWORK if method.has_own_architecture else {}) | ENGINE | FOLDER
+    for slot in list_slots(algorithm, user):
         passed = list_hparams(slot.kind) if slot.kind and slot.passes else {}
-        hparams = hparams | list_slot_hparams(slot)
-        hparams |= {name: hparam for name, hparam in passed.items() if name.startswith(slot.passes)}
+        passed = {name: hparam for name, hparam in passed.items() if name.startswith(slot.passes)}
+        if slot.asked_by:
+            passed = {name: replace(hparam, is_optional=True) for name, hparam in passed.items() if name not in hparams}
+        hparams = hparams | list_slot_hparams(slot) | passed
     return hparams | get_hparams(algorithm)
 
 
@@ -107,10 +161,17 @@ def resolve_auto(algorithm: str, hparams: Mapping[str, Any]) -> dict[str, Any]:
     return {**hparams, **(resolve(hparams) if resolve else {})}
 
 
+def list_host_hparams() -> set[str]:
+    """Return the names of the hyperparameters that DomainBed gives to each of its algorithms."""
+    registration = REGISTRY.hosts.get("embedded")
+    own = registration.own_hparams if registration else hparams_registry._hparams
+    return set(own(PLAIN, _SMALL_DATASET, 0))
+
+
 def list_owners(name: str) -> list[str]:
     """Return our methods that have a hyperparameter, where not all of them have."""
     owners = [algorithm for algorithm in list_ours() if name in list_hparams(algorithm)]
-    return sorted(owners) if name not in NETWORK | FOLDER else []
+    return sorted(owners) if name not in NETWORK | ENGINE | FOLDER else []
 
 
 def get_default_hparams(host: Host, algorithm: str, dataset: DatasetFacts) -> dict[str, Any]:
@@ -118,9 +179,18 @@ def get_default_hparams(host: Host, algorithm: str, dataset: DatasetFacts) -> di
     return {name: default for name, (default, _) in list_plain_pairs(host, algorithm, dataset, 0).items()}
 
 
-def get_known_hparams(host: Host, algorithm: str, dataset: DatasetFacts) -> dict[str, Any]:
-    """Return the default of each hyperparameter that may be given, of those too that stand nowhere unless they are."""
-    ours = _list_for(algorithm, dataset)
+def get_known_hparams(
+    host: Host, algorithm: str, dataset: DatasetFacts, user: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return the default of each hyperparameter that may be given, of those too that stand nowhere unless they are.
+
+    Args:
+        host: Registered.
+        algorithm: Any of the host's, or of ours.
+        dataset: On which it is trained.
+        user: What is given; some hyperparameters exist where another one asks for what they describe.
+    """
+    ours = _list_for(algorithm, dataset, user)
     optional = {name: hparam.default for name, hparam in ours.items() if hparam.is_optional}
     return get_default_hparams(host, algorithm, dataset) | optional
 
@@ -154,17 +224,19 @@ def build_pairs(host: Host, algorithm: str, dataset: DatasetFacts, random_seed: 
     name = _SMALL_DATASET if dataset.is_small else dataset.name
     pairs = dict(REGISTRY.hosts[host.name].own_hparams(algorithm, name, random_seed))
     ours = {name: hparam for name, hparam in _list_for(algorithm, dataset).items() if not hparam.is_optional}
-    defaults = {name: hparam.default for name, hparam in ours.items()} | _adapt_defaults(algorithm, dataset)
+    own = get_hparams(algorithm)  # what a method says of its networks counts on every data set
+    defaults = {name: hparam.default for name, hparam in ours.items()}
+    defaults |= {name: value for name, value in _adapt_defaults(algorithm, dataset).items() if name not in own}
     for name, hparam in ours.items():
         pairs[name] = (defaults[name], hparam.draw(start(name)) if hparam.draw else defaults[name])
     for name, default, draw in dataset.hparams:
-        if name in pairs:
+        if name in pairs and name not in own:
             pairs[name] = (default, draw(start(name)) if draw else default)
     return pairs
 
 
-def _list_for(algorithm: str, dataset: DatasetFacts) -> dict[str, Hparam]:
-    ours = list_hparams(algorithm)
+def _list_for(algorithm: str, dataset: DatasetFacts, user: Mapping[str, Any] | None = None) -> dict[str, Hparam]:
+    ours = list_hparams(algorithm, user)
     return {name: hparam for name, hparam in ours.items() if dataset.is_folder or name not in FOLDER}
 
 
@@ -179,6 +251,19 @@ def _adapt_defaults(algorithm: str, dataset: DatasetFacts) -> dict[str, Any]:
     if side in _HOST_SIDES or (dataset.is_folder and dataset.is_small):
         adapted |= {f"{slot.prefix}_backbone": _SMALL_TEACHER for slot in method.slots}
     return adapted
+
+
+def refuse_engine_hparams(user: Iterable[str]) -> None:
+    """Refuse what upstream's own loop would take in silence.
+
+    Raises:
+        UsageError: Names the hyperparameter.
+    """
+    if names := sorted(ENGINE.keys() & set(user)):
+        raise UsageError(
+            f"hyperparameter {names[0]} is of this package's loop, not of DomainBed's own: leave it out, or train with "
+            f"'daft-domainbed train --host upstream'"
+        )
 
 
 def check_user_hparams(
@@ -196,7 +281,7 @@ def check_user_hparams(
     Raises:
         UsageError: Names the hyperparameter, and the nearest or what it must be.
     """
-    defaults = {name: get_known_hparams(host, name, dataset) for name in algorithms}
+    defaults = {name: get_known_hparams(host, name, dataset, user) for name in algorithms}
     check_names(user, {key for known in defaults.values() for key in known}, asked, list_owners)
     for name, known in defaults.items():
-        check_values(user, known, list_hparams(name))
+        check_values(user, known, list_hparams(name, user))

@@ -16,13 +16,16 @@ from daft_domainbed.errors import UsageError, suggest
 from daft_domainbed.functional.input_spec import INPUT_SPECS
 from daft_domainbed.host.contract import Host, describe_dataset
 from daft_domainbed.hparams import Hparam
-from daft_domainbed.methods import METHODS, Method, Slot, find_method, list_ours, load_class
-from daft_domainbed.models.backbones import build_backbone, freeze_backbone
+from daft_domainbed.methods import METHODS, Method, Slot, find_method, list_ours, list_stages, load_class
+from daft_domainbed.models.backbones import build_backbones, freeze_part
+from daft_domainbed.models.frozen import fix_statistics
 from daft_domainbed.plugin.defaults import (
+    ENGINE,
     FOLDER,
     NETWORK,
     build_pairs,
     get_hparams,
+    list_host_hparams,
     list_plain_pairs,
     list_slot_hparams,
 )
@@ -104,12 +107,15 @@ def add_algorithm(
 
 def _check_new_names(name: str, own: Mapping[str, Hparam], slots: Sequence[Slot]) -> None:
     prefixes = [slot.prefix for slot in slots]
-    if len(set(prefixes)) < len(prefixes):
-        raise UsageError(f"add_algorithm: {name} has two slots called {prefixes[0]!r}: give each a prefix of its own")
+    if twice := [prefix for prefix in prefixes if prefixes.count(prefix) > 1]:
+        raise UsageError(f"add_algorithm: {name} has two slots called {twice[0]!r}: give each a prefix of its own")
     kinds = [slot.kind for slot in slots if slot.kind and slot.kind not in METHODS]
     if kinds:
         raise UsageError(f"add_algorithm: no method {kinds[0]!r} makes a model for {name}.{suggest(kinds[0], METHODS)}")
-    taken = NETWORK.keys() | FOLDER.keys() | {key for slot in slots for key in list_slot_hparams(slot)}
+    if name in {stage for slot in slots if slot.kind for stage in list_stages(slot.kind)}:
+        raise UsageError(f"add_algorithm: {name} would learn from itself: let another method make its models")
+    taken = NETWORK.keys() | ENGINE.keys() | FOLDER.keys() | {key for slot in slots for key in list_slot_hparams(slot)}
+    taken = taken | list_host_hparams()
     if clashes := sorted(taken & own.keys()):
         raise UsageError(f"add_algorithm: the hyperparameter {clashes[0]!r} of {name} is taken: choose another name")
 
@@ -171,19 +177,20 @@ def _extend_featurizer(host: Host) -> Callable[[tuple[int, ...], Mapping[str, An
     def Featurizer(input_shape: tuple[int, ...], hparams: Mapping[str, Any]) -> Any:  # noqa: N802 - the host's name
         name = hparams.get("backbone", "default")
         if name != "default":
-            side, pixels = hparams.get("backbone_input_size", "auto"), hparams.get("pixels", "imagenet")
-            featurizer = build_backbone(
+            featurizer = build_backbones(
                 name,
                 input_shape,
                 hparams.get("weights", "pretrained"),
-                None if side == "auto" else side,
-                INPUT_SPECS[pixels],
+                hparams.get("backbone_input_size", "auto"),
+                INPUT_SPECS[hparams.get("pixels", "imagenet")],
             )
         else:
             with without_pretrained_weights() if hparams.get("weights") == "none" else nullcontext():
                 # Any larger size does for the host's ResNet, though its own choice knows 224 alone.
                 is_odd = len(input_shape) == 3 and input_shape[-1] > 32 and input_shape[-1] != 224
                 featurizer = (host.networks.ResNet if is_odd else original)(input_shape, hparams)
-        return freeze_backbone(featurizer) if hparams.get("backbone_frozen") else featurizer
+        if hparams.get("freeze_bn") and name != "default":  # the host's own ResNet sees to it itself
+            fix_statistics(featurizer)
+        return freeze_part(featurizer, hparams.get("backbone_frozen", False), input_shape)
 
     return Featurizer

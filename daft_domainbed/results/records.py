@@ -29,6 +29,7 @@ with contextlib.suppress(ImportError):
     LOADERS = (loads, json.loads)  # orjson is faster, and refuses the NaN that DomainBed's writer leaves in a line
 
 Lines = list[tuple[int, dict[str, Any]]]  # line number, record
+AVERAGED = "averaged_"  # begins the names of the averaged weights' accuracies
 Problems = dict[str, list[int]]  # what is wrong, and the numbers of the lines
 
 
@@ -135,13 +136,14 @@ class Run:
         return seconds if math.isfinite(seconds) else None
 
 
-def read_run(root: Path, folder: str, notes: list[Note]) -> Run | None:
+def read_run(root: Path, folder: str, notes: list[Note], weights: str = "plain") -> Run | None:
     """Read a run; None where no record of it can be used.
 
     Args:
         root: The sweep's folder.
         folder: The run's, relative to the sweep.
         notes: A list, to which is added what was left out.
+        weights: Whose accuracies count: the "plain" weights', or the "averaged" ones'.
     """
     try:
         names = os.listdir(root / folder)
@@ -151,6 +153,8 @@ def read_run(root: Path, folder: str, notes: list[Note]) -> Run | None:
         return None
     problems: Problems = {}
     lines = _check_args(_parse_lines(data, problems), problems)
+    if weights == "averaged":
+        lines = _take_averaged(lines, problems)
     n_envs, lines = _check_accs(lines, problems)
     for why, numbers in problems.items():
         more = f" (and {len(numbers) - 1} more lines)" if len(numbers) > 1 else ""
@@ -230,6 +234,18 @@ def _check_args(lines: Lines, problems: Problems) -> Lines:
         except ValueError as error:
             problems.setdefault(str(error), []).append(number)
     return kept
+
+
+def _take_averaged(lines: Lines, problems: Problems) -> Lines:
+    """Put the accuracies of the averaged weights in the place of the plain ones'; records without them are dropped."""
+    taken: Lines = []
+    for number, record in lines:
+        averaged = {name.removeprefix(AVERAGED): record[name] for name in record if name.startswith(f"{AVERAGED}env")}
+        if averaged:
+            taken.append((number, record | averaged))
+        else:
+            problems.setdefault("no averaged weights (hyperparameter average_start)", []).append(number)
+    return taken
 
 
 def _check_accs(lines: Lines, problems: Problems) -> tuple[int, Lines]:

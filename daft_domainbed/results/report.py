@@ -16,6 +16,7 @@ from daft_domainbed.results.charts import draw_curves, draw_teachers_and_student
 from daft_domainbed.results.costs import add_up_costs
 from daft_domainbed.results.lineage import TracedTeacher, trace_teachers
 from daft_domainbed.results.records import Run
+from daft_domainbed.results.robustness_charts import draw_robustness
 from daft_domainbed.results.selection import SELECTION_WORDS
 from daft_domainbed.results.sweeps import Sweep, read_sweep
 from daft_domainbed.results.tables import Number, Results, Table, average_datasets, build_results, read_hparams
@@ -62,7 +63,8 @@ def render(results: Results) -> str:
             "panels": [
                 _describe_table(t, runs, number) for number, t in enumerate(results.tables) if t.dataset == dataset
             ],
-            "curves": draw_curves(next(t for t in results.tables if t.dataset == dataset)),
+            "curves": draw_curves(first := next(t for t in results.tables if t.dataset == dataset)),
+            "robustness": draw_robustness(first, sweep),
         }
         for dataset in dict.fromkeys(table.dataset for table in results.tables)
     ]

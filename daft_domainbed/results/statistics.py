@@ -9,8 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 
 _DRAWS = 10_000
+N_FLIPS = 100_000  # of the signs of more trials than can be enumerated
 _SEED = 0  # fixed, so that an interval is a function of the records
-_MOST_EXACT = 20  # trials; 2**20 sign patterns are still enumerated in a second
+MOST_EXACT = 20  # trials; 2**20 sign patterns are still enumerated in a second
 _AT_ONCE = 2**16
 
 
@@ -69,8 +70,8 @@ def flip_signs(differences: Sequence[float]) -> float:
     def count(signs: np.ndarray) -> int:
         return int((np.abs(signs @ data) >= observed - tolerance).sum())
 
-    if len(data) > _MOST_EXACT:
-        signs = np.random.default_rng(_SEED).choice([-1.0, 1.0], size=(10 * _DRAWS, len(data)))
+    if len(data) > MOST_EXACT:
+        signs = np.random.default_rng(_SEED).choice([-1.0, 1.0], size=(N_FLIPS, len(data)))
         return (1 + count(signs)) / (1 + len(signs))
     total, places = 2 ** len(data), np.arange(len(data))
     extreme = 0

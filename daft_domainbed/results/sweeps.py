@@ -47,8 +47,12 @@ class Sweep:
     notes: list[Note]
 
 
-def read_sweep(root: Path) -> Sweep:
+def read_sweep(root: Path, weights: str = "plain") -> Sweep:
     """Read the folder of a sweep, or of a single run.
+
+    Args:
+        root: The folder.
+        weights: Whose accuracies are the students': the "plain" weights', or the "averaged" ones'.
 
     Raises:
         UsageError: There is no such folder, or neither a plan nor a readable run in it.
@@ -62,7 +66,7 @@ def read_sweep(root: Path) -> Sweep:
         plan, store = read_plan(root, notes), root
         folders = _list_students(root, plan, notes)
     stored, outside = _list_teachers(store, plan)
-    students = _read_runs(root, folders, notes, plan)
+    students = _read_runs(root, folders, notes, plan, weights)
     teachers = _read_runs(store, stored, notes, plan)
 
     environments = _name_environments(plan, [*students, *teachers])
@@ -106,13 +110,15 @@ def _list_folders(path: Path) -> list[str]:
         return []
 
 
-def _read_runs(root: Path, folders: Iterable[str], notes: list[Note], plan: Plan | None) -> list[Run]:
+def _read_runs(
+    root: Path, folders: Iterable[str], notes: list[Note], plan: Plan | None, weights: str = "plain"
+) -> list[Run]:
     """Read the runs in folders; those that a plan has otherwise are noted, and so are folders without a run."""
     runs = []
     for folder in folders:
         planned = plan.runs.get(folder) if plan else None
         run_notes: list[Note] = []
-        run = read_run(root, folder, run_notes)
+        run = read_run(root, folder, run_notes, weights)
         if run and planned and run.key != planned.key:
             why = f"holds {run.key.describe()}, but {PLAN_FILE} has {planned.key.describe()} there; left out"
             run_notes.append(Note(folder, why))

@@ -13,13 +13,19 @@ from typing import Any
 RECORDS_FILE = "results.jsonl"
 CHECKPOINT_FILE = "model.pkl"
 BEST_CHECKPOINT_FILE = "model_best.pkl"
+AVERAGED_CHECKPOINT_FILE = "model_averaged.pkl"
 RESUME_FILE = "resume.pt"
 DONE_FILE = "done"
 FAILED_FILE = "failed"
 PROVENANCE_FILE = "provenance.json"  # of a run of upstream's own loop, whose checkpoint and records cannot hold it
 
+# Of an evaluation, by default in a folder of that name beside its checkpoint.
+EVALUATION_FOLDER = "evaluation"
+EVALUATION_FILE = "evaluation.json"
+
 # Of a sweep.
 PLAN_FILE = "plan.json"
+EVALUATIONS_FILE = "evaluations.json"
 TEACHERS_FOLDER = "teachers"
 SLURM_FOLDER = "slurm"  # what was submitted to Slurm, and what it wrote
 QUEUE_FILE = f"{SLURM_FOLDER}/jobs.json"

@@ -6,6 +6,8 @@ Example:
     daft-domainbed collect_results --input_dir runs/EmojiStyles
     daft-domainbed collect_results --input_dir runs/EmojiStyles --format latex
     daft-domainbed collect_results --input_dir runs/EmojiStyles --compare DAFT KD ERM
+    daft-domainbed collect_results --input_dir runs/EmojiStyles --robustness --format json
+    daft-domainbed collect_results --input_dir runs/EmojiStyles --weights averaged
 """
 
 from __future__ import annotations
@@ -30,6 +32,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--compare", nargs="+", metavar="ALGORITHM", help="the first one's gain over each other, paired by trial"
     )
+    parser.add_argument("--robustness", action="store_true", help="the table of what `sweep evaluate` measured")
+    parser.add_argument(
+        "--weights", choices=["plain", "averaged"], default="plain", help="whose accuracies count; default: plain"
+    )
     return parser
 
 
@@ -41,14 +47,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.compare and args.format not in ("text", "json"):
         raise UsageError(f"--compare is printed as text or json, not as {args.format}")
 
+    if args.robustness and (args.compare or args.format == "latex"):
+        raise UsageError("--robustness is a table of its own, in text, markdown, csv or json: give it alone")
+
     from daft_domainbed.results.comparison import compare, format_comparisons
     from daft_domainbed.results.formats import FORMATS
+    from daft_domainbed.results.robustness import FORMATS as ROBUSTNESS_FORMATS
+    from daft_domainbed.results.robustness import build_robustness
     from daft_domainbed.results.sweeps import read_sweep
     from daft_domainbed.results.tables import build_results
 
-    sweep = read_sweep(args.input_dir)
+    sweep = read_sweep(args.input_dir, args.weights)
     for note in sweep.notes:
         print(f"{note.path}: {note.why}", file=sys.stderr)
+    if args.robustness:
+        tables, notes = build_robustness(sweep)
+        for note in notes:
+            print(f"{note.path}: {note.why}", file=sys.stderr)
+        sys.stdout.write(ROBUSTNESS_FORMATS[args.format](tables))
+        return 0
     results = build_results(sweep)
     if args.compare:
         comparisons = compare(results, args.compare[0], args.compare[1:])

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from daft_domainbed.host import contract
     from daft_domainbed.hparams import parse_json
     from daft_domainbed.plugin import upstream
-    from daft_domainbed.plugin.defaults import check_user_hparams
+    from daft_domainbed.plugin.defaults import check_user_hparams, refuse_engine_hparams
     from daft_domainbed.plugin.registry import REGISTRY
 
     host = contract.find_host("upstream")
@@ -53,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name.startswith("folder:"):
             upstream.add_folder_dataset(host, name)
     user = REGISTRY.user_hparams = parse_json(known.hparams)
+    refuse_engine_hparams(user)
     for algorithm in [*known.algorithms, known.algorithm]:
         contract.get_algorithm_class(host, algorithm)
     for dataset in known.datasets or [known.dataset]:
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UsageError(
                 "DomainBed's own --help of its train script fails (a % in one of its texts); its flags are those of "
                 "'daft-domainbed train --help' without --host, --device, --precision, --teachers_dir, --image_cache, "
-                "--feature_cache and --data_seed"
+                "--feature_cache, --leave_out_classes and --data_seed"
             )
         _watch_training(host, args.args)
     if args.module == SWEEP:

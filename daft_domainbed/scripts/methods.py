@@ -55,7 +55,7 @@ def describe(name: str, dataset: str) -> dict[str, Any]:
         UsageError: There is no such data set.
     """
     from daft_domainbed.host.contract import describe_dataset, find_host
-    from daft_domainbed.methods import load_class
+    from daft_domainbed.methods import list_slots, load_class
     from daft_domainbed.plugin.defaults import get_known_hparams, list_hparams
     from daft_domainbed.plugin.registration import register
 
@@ -67,7 +67,7 @@ def describe(name: str, dataset: str) -> dict[str, Any]:
     return {
         "name": name,
         "source": getattr(load_class(name), "SOURCE", "") if method.is_ours else "the host's own (Vapnik, 1998)",
-        "slots": [{"prefix": slot.prefix, "kind": slot.kind} for slot in method.slots],
+        "slots": [{"prefix": slot.prefix, "kind": slot.kind} for slot in list_slots(name)],
         "hparams": {
             key: {
                 "default": defaults[key],

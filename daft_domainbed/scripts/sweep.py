@@ -1,13 +1,16 @@
-"""Launch a sweep with every stage that it needs, show how it stands, or remove what is incomplete.
+"""Launch a sweep with every stage that it needs, show how it stands, evaluate its choices, remove what is incomplete.
 
 `launch` again goes on with what is not done; what is trained, and with how many threads, is then taken from the sweep.
-`status` needs --output_dir alone. Launchers: local, multi_gpu, slurm, ray, dummy (prints the commands), one of an
-installed package, or one of your DomainBed's with --host upstream.
+`status` needs --output_dir alone. `evaluate` asks what `daft-domainbed evaluate` does of every checkpoint that
+training-domain validation chose, and of the teachers behind them; `collect_results --robustness` shows the answers.
+Launchers: local, multi_gpu, slurm, ray, dummy (prints the commands), one of an installed package, or one of your
+DomainBed's with --host upstream.
 
 Example:
     daft-domainbed sweep launch --datasets EmojiStyles --n_trials 3 --n_hparams 1 --single_test_envs --output_dir runs/e
     daft-domainbed sweep launch --config sweeps/pacs/sweep.yaml --data_dir data --command_launcher slurm
     daft-domainbed sweep status --output_dir runs/e
+    daft-domainbed sweep evaluate --output_dir runs/e --suite standard
 """
 
 from __future__ import annotations
@@ -24,8 +27,9 @@ from typing import TYPE_CHECKING, Any
 
 from daft_domainbed.cli import ArgumentParser, non_negative_int, positive_int, run_command
 from daft_domainbed.errors import UsageError
-from daft_domainbed.launch.sweep import collect_sweep_args, delete_incomplete, launch, show_status
+from daft_domainbed.launch.sweep import collect_sweep_args, delete_incomplete, evaluate_chosen, launch, show_status
 from daft_domainbed.methods import COMPARED
+from daft_domainbed.scripts.evaluate import add_asked_flags
 from daft_domainbed.scripts.train import add_shared_flags
 
 if TYPE_CHECKING:
@@ -35,7 +39,7 @@ if TYPE_CHECKING:
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of `sweep`; a flag that is not given is no attribute of what it parses."""
     parser = ArgumentParser(prog="daft-domainbed sweep", doc=__doc__, argument_default=argparse.SUPPRESS)
-    parser.add_argument("command", choices=["launch", "status", "delete_incomplete"])
+    parser.add_argument("command", choices=["launch", "status", "evaluate", "delete_incomplete"])
     parser.add_argument("--config", type=Path, help="a sweep.yaml, whose keys are these flags; flags go before it")
     parser.add_argument("--output_dir", help="the sweep's folder")
     parser.add_argument("--datasets", nargs="+", help="names of data sets, or folder:PATH")
@@ -50,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=non_negative_int, help="another one makes another sweep; default: 0")
     parser.add_argument("--steps", type=positive_int, help="updates; the data set's own number by default")
     add_shared_flags(parser)
+    add_asked_flags(parser)
     add_launch_flags(parser)
     parser.add_argument("--command_launcher", help="local (default), multi_gpu, slurm, ray, dummy, or one of your own")
     parser.add_argument("--skip_confirmation", action="store_true", help="do not ask")
@@ -85,6 +90,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         show_status(root)
     elif command == "delete_incomplete":
         delete_incomplete(root, ask=not given.get("skip_confirmation", False))
+    elif command == "evaluate":
+        _check_launcher_flags(on_command_line, launcher)
+        names = ("suite", "n_examples", "seed", "ood", "norm", "eps", "data_dir", "device", "host")
+        asked = {name: given[name] for name in names if name in given}
+        ask = not given.get("skip_confirmation", False)
+        evaluate_chosen(root, asked, make_options(given), launcher=launcher, ask=ask)
+        where = shlex.quote(str(root))
+        print(f"results: daft-domainbed collect_results --input_dir {where} --robustness", file=sys.stderr)
     else:
         options = make_options(given)
         _check_launcher_flags(on_command_line, launcher)

@@ -53,6 +53,12 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--uda_holdout_fraction", type=fraction, default=0.0, help="unlabelled share of a held-out domain's in-split"
     )
+    parser.add_argument(
+        "--leave_out_classes",
+        type=class_names,
+        metavar="A,B",
+        help="classes that no environment shows and the model does not know, for evaluate --ood classes:A,B",
+    )
     parser.add_argument("--skip_model_save", action="store_true", help="keep the records only")
     parser.add_argument("--host", default="embedded", choices=["embedded", "upstream"], help="whose parts are used")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -64,6 +70,14 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--feature_cache", metavar="DIR", help="keep the features of frozen backbones, in files that jobs share"
     )
+
+
+def class_names(text: str) -> list[str]:
+    """Argument type: names with commas between them, in the order of the alphabet, each once."""
+    names = sorted({name.strip() for name in text.split(",") if name.strip()})
+    if not names:
+        raise argparse.ArgumentTypeError(f"{text!r} names no class: give some, as in animal,food")
+    return names
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from daft_domainbed.arguments import TrainArgs
 from daft_domainbed.errors import UsageError
@@ -33,6 +35,7 @@ class RunFacts:
         output_dir: The run's folder; teacher paths are recorded relative to it.
         teachers_dir: The store of teachers.
         teachers: Those that were found, by slot.
+        device: On which the run computes.
     """
 
     args: TrainArgs
@@ -46,6 +49,13 @@ class RunFacts:
     output_dir: Path
     teachers_dir: Path
     teachers: Mapping[str, Teacher] = field(default_factory=dict)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def with_teachers(self, teachers: Mapping[str, Teacher]) -> RunFacts:
+        """Return the same facts with the teachers that were found; fingerprints are not taken again."""
+        facts = replace(self, teachers=teachers)
+        vars(facts)["provenance"] = self.provenance
+        return facts
 
     @cached_property
     def provenance(self) -> dict[str, Any]:
@@ -76,6 +86,24 @@ def get_run_facts() -> RunFacts | None:
     return _current.get()
 
 
+def require_run_facts(what: str) -> RunFacts:
+    """Return the facts of the run in progress.
+
+    Args:
+        what: Needs them, for the message.
+
+    Raises:
+        UsageError: There is none.
+    """
+    facts = get_run_facts()
+    if facts is None:
+        raise UsageError(
+            f"{what!r} cannot be checked: nothing says which data set and held-out domains this run has; "
+            f"start it with 'daft-domainbed train' or 'daft-domainbed host domainbed.scripts.train'"
+        )
+    return facts
+
+
 def take_teacher(prefix: str = "teacher") -> Teacher:
     """Return the model of a slot, which was found or made, verified and frozen before the algorithm is built.
 
@@ -85,12 +113,7 @@ def take_teacher(prefix: str = "teacher") -> Teacher:
     Raises:
         UsageError: No run is in progress, or its method has no such slot.
     """
-    facts = get_run_facts()
-    if facts is None:
-        raise UsageError(
-            f"{prefix!r} cannot be checked: nothing says which data set and held-out domains this run has; "
-            f"start it with 'daft-domainbed train' or 'daft-domainbed host domainbed.scripts.train'"
-        )
+    facts = require_run_facts(prefix)
     if prefix not in facts.teachers:
         raise UsageError(
             f"{facts.args.algorithm} has no slot {prefix!r}: declare it, as in add_algorithm(..., "

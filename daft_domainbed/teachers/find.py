@@ -10,7 +10,7 @@ from typing import Any
 from daft_domainbed.arguments import TrainArgs
 from daft_domainbed.errors import UsageError
 from daft_domainbed.host.checkpoints import load_checkpoint
-from daft_domainbed.methods import Slot, find_method
+from daft_domainbed.methods import Slot, find_method, list_slots
 from daft_domainbed.models.weights import hash_state
 from daft_domainbed.runtime.layout import CHECKPOINT_FILE, DONE_FILE, read_last_record
 from daft_domainbed.runtime.randomness import preserve_states
@@ -37,11 +37,11 @@ def find_teachers(facts: RunFacts, make: Make) -> dict[str, Teacher]:
             field is named with both values.
     """
     with preserve_states():
-        return {slot.prefix: _find(slot, facts, make) for slot in find_method(facts.args.algorithm).slots}
+        return {slot.prefix: _find(slot, facts, make) for slot in list_slots(facts.args.algorithm, facts.hparams)}
 
 
 def _find(slot: Slot, facts: RunFacts, make: Make) -> Teacher:
-    where = facts.hparams[slot.prefix]
+    where = facts.hparams.get(slot.prefix, "auto")
     if where == "auto" and slot.kind is None:
         return build_pretrained(slot, facts)
     path = _get_made(slot, facts, make) if where == "auto" else Path(where).expanduser()

@@ -11,13 +11,15 @@ from typing import Any
 
 from daft_domainbed.arguments import TrainArgs, name_dataset
 from daft_domainbed.host.contract import DatasetFacts, Host
-from daft_domainbed.methods import PLAIN, Slot, find_method
+from daft_domainbed.methods import PLAIN, Slot, find_method, list_slots
 from daft_domainbed.plugin.defaults import get_default_hparams, get_known_hparams, resolve_auto
 
 # By the ending of a slot's hyperparameter, what it is called in the job that trains the slot's network.
 _NETWORK = {
     "_backbone": "backbone", "_weights": "weights", "_frozen": "backbone_frozen", "_input_size": "backbone_input_size",
 }  # fmt: skip
+
+_ITS_OWN = ("average_start", "probe_steps")  # what a run counts in its own steps, and teaches nobody
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class TeacherJob:
 
 def list_slots_to_make(algorithm: str, hparams: Mapping[str, Any]) -> list[Slot]:
     """Return the slots of an algorithm whose model is found or made by itself, since the user names none."""
-    return [slot for slot in find_method(algorithm).slots if slot.kind and hparams[slot.prefix] == "auto"]
+    slots = list_slots(algorithm, hparams)
+    return [slot for slot in slots if slot.kind and hparams.get(slot.prefix, "auto") == "auto"]
 
 
 def plan_teacher(
@@ -61,17 +64,19 @@ def plan_teacher(
         dataset: On which both are trained.
     """
     assert slot.kind and args.steps
-    steps = args.steps if hparams[f"{slot.prefix}_steps"] == "auto" else hparams[f"{slot.prefix}_steps"]
-    defaults, known = get_default_hparams(host, slot.kind, dataset), get_known_hparams(host, slot.kind, dataset)
-    given = {name: value for name, value in user.items() if name in known}
+    named_steps = hparams[f"{slot.described_by or slot.prefix}_steps"]
+    steps = args.steps if named_steps == "auto" else named_steps
+    defaults, known = get_default_hparams(host, slot.kind, dataset), get_known_hparams(host, slot.kind, dataset, user)
+    given = {name: value for name, value in user.items() if name in known and name not in _ITS_OWN}
     own = _describe_network(slot, hparams) | _pass_on(slot, hparams, steps)
     full = resolve_auto(slot.kind, defaults | given | {name: own[name] for name in own if name in known})
     if slot.steps:
-        steps = max(1, steps // 4) if hparams[slot.steps] == "auto" else hparams[slot.steps]
+        own_steps = hparams.get(slot.steps, "auto")
+        steps = max(1, steps // 4) if own_steps == "auto" else own_steps
     named = {name: value for name, value in full.items() if name in defaults or value != known[name]}
     job = _make_args(slot.kind, args, steps, named, host, dataset)
     teachers = {
-        inner.prefix: plan_teacher(inner, full, job, user, host, dataset).identity
+        inner.prefix: plan_teacher(inner, full, job, named, host, dataset).identity  # as the job itself will
         for inner in list_slots_to_make(slot.kind, full)
     }
     return TeacherJob(job, named, _name(job, named, teachers))
@@ -81,10 +86,11 @@ def _describe_network(slot: Slot, hparams: Mapping[str, Any]) -> dict[str, Any]:
     """Return what describes the network of a slot's model, or of the one that its model starts from."""
     if slot.prefix.startswith(slot.passes):
         return {}  # it is handed on by the same names, and describes a model further back
-    start = next((inner.prefix for inner in find_method(slot.kind or PLAIN).slots if inner.starts), None)
+    start = _find_start(slot)
     described = {start + ending if start else name: hparams[slot.prefix + ending] for ending, name in _NETWORK.items()}
     lr = hparams.get(f"{slot.prefix}_lr", "auto")
-    return described if lr == "auto" else described | {"lr": lr}
+    probe_steps = hparams.get(f"{slot.prefix}_probe_steps", 0)
+    return described | ({} if lr == "auto" else {"lr": lr}) | ({"probe_steps": probe_steps} if probe_steps else {})
 
 
 def _pass_on(slot: Slot, hparams: Mapping[str, Any], steps: int) -> dict[str, Any]:
@@ -92,7 +98,12 @@ def _pass_on(slot: Slot, hparams: Mapping[str, Any], steps: int) -> dict[str, An
     if not slot.passes:
         return {}
     passed = {name: value for name, value in hparams.items() if name.startswith(slot.passes) and name != slot.steps}
-    return passed | {f"{slot.prefix}_steps": steps}
+    return passed | {f"{_find_start(slot) or slot.prefix}_steps": steps}
+
+
+def _find_start(slot: Slot) -> str | None:
+    """Return the prefix of the slot that a slot's model starts from itself."""
+    return next((inner.prefix for inner in find_method(slot.kind or PLAIN).slots if inner.starts), None)
 
 
 def _make_args(
@@ -132,6 +143,8 @@ def _name(job: TrainArgs, hparams: Mapping[str, Any], teachers: dict[str, str]) 
         "hparams": hparams,
         "teacher": teachers.get("teacher"),
     }
+    # What was not known from the beginning counts only where it is given, so that older teachers keep their names.
     others = {prefix: name for prefix, name in teachers.items() if prefix != "teacher"}
-    text = json.dumps(identity | ({"teachers": others} if others else {}), sort_keys=True)
+    later = {"teachers": others, "leave_out_classes": job.leave_out_classes}
+    text = json.dumps(identity | {name: value for name, value in later.items() if value}, sort_keys=True)
     return f"{job.algorithm}-{sha256(text.encode()).hexdigest()[:16]}"

@@ -21,6 +21,7 @@ PLAIN_FIELDS = (
     "holdout_fraction",
     "task",
     "uda_holdout_fraction",
+    "leave_out_classes",
     "num_classes",
     "input_shape",
 )
@@ -40,6 +41,7 @@ def describe(
         "holdout_fraction": args.holdout_fraction,
         "task": args.task,
         "uda_holdout_fraction": args.uda_holdout_fraction,
+        "leave_out_classes": args.leave_out_classes,
         "num_classes": num_classes,
         "input_shape": list(input_shape),
         "fingerprints": {

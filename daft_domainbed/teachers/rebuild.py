@@ -11,7 +11,7 @@ from daft_domainbed.arguments import TrainArgs
 from daft_domainbed.errors import UsageError
 from daft_domainbed.host.checkpoints import build_model, load_checkpoint
 from daft_domainbed.host.contract import Host, describe_dataset
-from daft_domainbed.methods import PLAIN, Slot, find_method
+from daft_domainbed.methods import PLAIN, Slot, find_method, list_slots
 from daft_domainbed.models.weights import hash_state
 from daft_domainbed.plugin.defaults import get_default_hparams
 from daft_domainbed.runtime.layout import CHECKPOINT_FILE, list_teachers, read_first_record
@@ -53,7 +53,8 @@ def rebuild_model(content: Mapping[str, Any], path: Path, host: Host) -> Any:
         teachers_dir=path.parent,
     )
     recorded = list_teachers(read_first_record(path.parent))
-    teachers = {slot.prefix: _find_again(slot, run, recorded.get(slot.prefix) or {}, path) for slot in method.slots}
+    slots = list_slots(algorithm, content["model_hparams"])
+    teachers = {slot.prefix: _find_again(slot, run, recorded.get(slot.prefix) or {}, path) for slot in slots}
     with run_in_progress(replace(run, teachers=teachers)):
         return build_model(content, path, host)
 
@@ -63,10 +64,12 @@ def _find_again(slot: Slot, run: RunFacts, recorded: Mapping[str, Any], path: Pa
         if slot.kind is None and run.hparams[slot.prefix] == "auto":
             return build_pretrained(slot, run)
         raise UsageError(f"{path} needs its {slot.prefix} to be built, and no record beside it says which that was")
-    place = path.parent / recorded["path"] / CHECKPOINT_FILE
+    place = path.parent / recorded["path"] / recorded.get("file", CHECKPOINT_FILE)
     content = load_checkpoint(place)
     described = describe_teacher(content, place, path.parent)
     model = rebuild_model(content, place, run.host)
+    if hash_state(model.state_dict()) != recorded.get("sha256"):
+        raise UsageError(f"{path} learnt from another {slot.prefix} than {place} is now: bring that one back")
     return Teacher(model, place, content["model_hparams"], run.dataset.input_spec, run.args.seed, described)
 
 

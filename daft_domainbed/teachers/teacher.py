@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from daft_domainbed.errors import UsageError
 from daft_domainbed.functional.input_spec import InputSpec
+from daft_domainbed.methods import PLAIN
 from daft_domainbed.models.backbones import freeze_backbone
 from daft_domainbed.plugin.defaults import FOLDER, NETWORK, list_hparams
 from daft_domainbed.runtime.layout import CHECKPOINT_FILE, list_teachers, pack_teachers, read_records
@@ -53,7 +54,9 @@ class Teacher:
     def get_architecture(self) -> dict[str, Any]:
         """Return the hyperparameters that its network was built from, for a method that starts from its weights."""
         methods_own = list_hparams(self.facts["algorithm"]).keys() - NETWORK.keys() - FOLDER.keys()
-        return {name: value for name, value in self.hparams.items() if name not in methods_own | _TRAINING}
+        architecture = {name: value for name, value in self.hparams.items() if name not in methods_own | _TRAINING}
+        frozen = self.hparams.get("backbone_frozen")  # a head that was trained alone says nothing of what comes next
+        return architecture | ({"backbone_frozen": frozen} if isinstance(frozen, str) else {})
 
     def follow(self, x: Tensor) -> None:
         """Move to the device of a tensor."""
@@ -91,15 +94,6 @@ def freeze_all(model: nn.Module) -> None:
     model.eval()
 
 
-# --- find or make ------------------------------------------------------------------------------------------------
-
-
-# --- verify ------------------------------------------------------------------------------------------------------
-
-
-# --- describe ----------------------------------------------------------------------------------------------------
-
-
 def describe_teacher(content: Mapping[str, Any], path: Path, output_dir: Path) -> dict[str, Any]:
     """Return what a student's first record says of its teacher; never more than the teacher's own records say.
 
@@ -115,10 +109,12 @@ def describe_teacher(content: Mapping[str, Any], path: Path, output_dir: Path) -
     else:  # one from the middle of a run: upstream's do not say from where
         own = next((record for record in records if "step" in record and record["step"] == content.get("step")), {})
     described: dict[str, Any] = {
-        "algorithm": content["args"].get("algorithm", "ERM"),
+        "algorithm": content["args"].get("algorithm", PLAIN),
         "path": os.path.relpath(path.parent, output_dir),
         "accuracies": {key: value for key, value in own.items() if key.startswith("env") and key.endswith("_acc")},
     }
+    if path.name != CHECKPOINT_FILE:
+        described["file"] = path.name
     if "step" in own:
         described["steps"] = own["step"] + 1
         described["seconds"] = last.get("seconds")

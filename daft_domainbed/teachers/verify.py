@@ -126,7 +126,7 @@ def _recompute_provenance(args: Mapping[str, Any], path: Path, facts: RunFacts) 
 def rebuild_provenance(theirs: Mapping[str, Any], facts: RunFacts) -> dict[str, Any]:
     """Return the provenance that another run's recorded arguments imply on this run's data set."""
     names = ("trial_seed", "seed", "holdout_fraction", "task", "uda_holdout_fraction")
-    values = {name: theirs[name] for name in names}
+    values = {name: theirs[name] for name in names} | {"leave_out_classes": theirs.get("leave_out_classes")}
     other = replace(facts.args, **values, test_envs=list(theirs["test_envs"]), data_seed=None)
     with preserve_states():
         seed_everything(other.seed)

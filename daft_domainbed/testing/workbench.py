@@ -28,8 +28,8 @@ from daft_domainbed.teachers.facts import RunFacts, run_in_progress
 from daft_domainbed.teachers.find import find_teachers
 from daft_domainbed.teachers.rebuild import rebuild_model
 from daft_domainbed.teachers.teacher import Teacher
-from daft_domainbed.training.engine import gather_facts, train, train_teacher
-from daft_domainbed.training.prepare import prepare
+from daft_domainbed.training.engine import train, train_teacher
+from daft_domainbed.training.prepare import gather_facts, prepare
 
 _CLOCKS = {"step_time", "seconds", "started", "mem_gb", "machine"}
 _PLACES = {"output_dir", "path"}

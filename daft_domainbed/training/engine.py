@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,13 @@ import torch
 from daft_domainbed.arguments import TrainArgs
 from daft_domainbed.data.image_cache import cache_images
 from daft_domainbed.data.loaders import make_eval_stream, make_stream
-from daft_domainbed.data.splits import Data, build_data
+from daft_domainbed.data.splits import build_data
 from daft_domainbed.data.streams import Stream
+from daft_domainbed.data.views import Views
 from daft_domainbed.errors import RunError, UsageError
-from daft_domainbed.host.contract import DatasetFacts, Host, get_algorithm_class
-from daft_domainbed.methods import find_method
+from daft_domainbed.host.contract import get_algorithm_class
+from daft_domainbed.methods import list_slots
+from daft_domainbed.models.backbones import freeze_for_probe
 from daft_domainbed.models.frozen import share_features
 from daft_domainbed.runtime import randomness, stopping
 from daft_domainbed.runtime.layout import BEST_CHECKPOINT_FILE, CHECKPOINT_FILE, DONE_FILE, RESUME_FILE
@@ -31,10 +32,12 @@ from daft_domainbed.teachers import provenance
 from daft_domainbed.teachers.facts import RunFacts, run_in_progress
 from daft_domainbed.teachers.find import find_teachers
 from daft_domainbed.training import resume
+from daft_domainbed.training.averaging import WeightAverage
 from daft_domainbed.training.precision import Precision, find_drawback
-from daft_domainbed.training.prepare import Prepared, check_data, prepare
+from daft_domainbed.training.prepare import Prepared, check_data, gather_facts, prepare
 from daft_domainbed.training.recorder import Progress, Recorder
 from daft_domainbed.training.run_folder import Log, read_unfinished, remove_finished_run
+from daft_domainbed.training.schedule import Schedule
 
 SECONDS_BETWEEN_SAVES = 60.0
 
@@ -98,40 +101,6 @@ def train_teacher(args: TrainArgs, algorithm: str, warn: Callable[[str], None]) 
     train(args, quiet=True, as_teacher=True)
 
 
-def gather_facts(
-    args: TrainArgs,
-    host: Host,
-    dataset: DatasetFacts,
-    data: Data,
-    user_hparams: Mapping[str, Any],
-    hparams: Mapping[str, Any],
-    folder: Path,
-) -> RunFacts:
-    """Return what has to be known of a run to find, make and check its teachers.
-
-    Args:
-        args: Of the run, with the number of steps.
-        host: Whose parts it uses.
-        dataset: What its class tells.
-        data: The data themselves, split.
-        user_hparams: What the user gave.
-        hparams: All of the run's.
-        folder: Of the run.
-    """
-    return RunFacts(
-        args=args,
-        user_hparams=user_hparams,
-        hparams=hparams,
-        dataset=dataset,
-        num_classes=data.dataset.num_classes,
-        input_shape=tuple(data.dataset.input_shape),
-        splits=data.list_splits(),
-        host=host,
-        output_dir=folder.resolve(),
-        teachers_dir=Path(args.teachers_dir) if args.teachers_dir else folder.resolve().parent / "teachers",
-    )
-
-
 class _Run:
     """One run in its folder, from the first step or from where it was."""
 
@@ -156,12 +125,12 @@ class _Run:
         )
         saved = self._check_saved(saved, facts)
         teachers = find_teachers(facts, lambda args: train_teacher(args, self.args.algorithm, self.log.warn))
-        self.facts = replace(facts, teachers=teachers)
+        self.facts = facts.with_teachers(teachers)
         self._say_which_teachers()
         self._build_algorithm()
         self._start(saved)
         self._loop()
-        self.recorder.finish(self.algorithm, self.progress)
+        self.recorder.finish(self.algorithm, self.progress, self.average)
 
     def _seed(self) -> None:
         randomness.seed_everything(self.args.seed if self.args.data_seed is None else self.args.data_seed)
@@ -182,10 +151,12 @@ class _Run:
                 for split in (*splits, *([data.uda_splits[i]] if i in data.uda_splits else [])):
                     weights[id(split)] = weigh(split)
 
-        def make(split: Any) -> Stream:
-            return make_stream(split, self.hparams["batch_size"], workers, weights.get(id(split)))
+        def make(split: Any, env: int | None = None) -> Stream:
+            count = 0 if env is None else self.hparams.get("n_views", 0)
+            views = Views(count, self.args.seed, env) if env is not None and count else None
+            return make_stream(split, self.hparams["batch_size"], workers, weights.get(id(split)), views)
 
-        self.train_streams = [make(in_) for i, in_ in enumerate(data.in_splits) if i not in self.args.test_envs]
+        self.train_streams = [make(in_, i) for i, in_ in enumerate(data.in_splits) if i not in self.args.test_envs]
         uda_splits = list(data.uda_splits.values())
         self.uda_streams = [make(uda) for uda in uda_splits]
         self.eval_streams = {
@@ -215,9 +186,9 @@ class _Run:
 
     def _say_which_teachers(self) -> None:
         """Name the teachers that files or folders gave, and the hyperparameters that would have made other ones."""
-        for slot in find_method(self.args.algorithm).slots:
+        for slot in list_slots(self.args.algorithm, self.hparams):
             teacher = self.facts.teachers[slot.prefix]
-            if self.hparams[slot.prefix] == "auto":
+            if self.hparams.get(slot.prefix, "auto") == "auto":
                 continue
             self.log.warn(f"the {slot.prefix} is {teacher.facts['path']} ({teacher.facts['algorithm']})")
             made_by = (f"{slot.prefix}_", *(prefix for prefix in slot.passes if prefix != slot.prefix))
@@ -246,9 +217,14 @@ class _Run:
             if args.feature_cache and any(value for name, value in hparams.items() if name.endswith("_frozen")):
                 share_features(model, Path(args.feature_cache), self.log.warn)
 
+        self.schedule = Schedule(self.hparams.get("lr_schedule", "constant"), self.run.n_steps, self.algorithm)
+        start = self.hparams.get("average_start", "never")
+        self.average = None if start == "never" else WeightAverage(start, self.device)
+
     def _start(self, saved: dict[str, Any] | None) -> None:
         streams = [*self.train_streams, *self.uda_streams, *self.eval_streams.values()]
-        parts = {f"stream{i}": stream for i, stream in enumerate(streams)} | {"precision": self.precision}
+        parts: dict[str, Any] = {f"stream{i}": stream for i, stream in enumerate(streams)}
+        parts |= {"precision": self.precision} | ({} if self.average is None else {"average": self.average})
         self.recorder = Recorder(self.run, self.folder, self.claim, self.log, self.facts, self.data.dataset, parts)
         if unsaved := resume.list_unsaved(self.algorithm):
             self.log.warn(
@@ -270,9 +246,14 @@ class _Run:
 
     def _loop(self) -> None:
         progress, n_steps = self.progress, self.run.n_steps
+        probe_steps = self.hparams.get("probe_steps", 0)
+        probe = freeze_for_probe(self.algorithm) if progress.step < probe_steps else None
         steps_per_epoch = min(len(split) / self.hparams["batch_size"] for split in self.data.in_splits)
         while progress.step < n_steps:
             step = progress.step
+            if probe is not None and step == probe_steps:
+                probe.thaw()
+            self.schedule.apply(self.algorithm, step)
             self._take_step()
             if step % self.run.checkpoint_freq == 0 or progress.step == n_steps:
                 self._record(step, step / steps_per_epoch)
@@ -302,12 +283,21 @@ class _Run:
                 raise RunError(self._explain_non_finite(name, float(value)))
             progress.values[name].append(float(value))
         progress.step += 1
+        if self.average is not None:
+            self.average.update(self.algorithm, progress.step)
 
     def _to_device(self, batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         x, y = batch
         if self.device.type == "cuda":
             x = x.pin_memory()  # only from there can it be copied while the GPU computes
         return x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+
+    def _evaluate(self) -> dict[str, float]:
+        accuracies = {}
+        for name, stream in self.eval_streams.items():
+            with self.precision.active():
+                accuracies[f"{name}_acc"] = self.host.misc.accuracy(self.algorithm, stream, None, self.device)
+        return accuracies
 
     def _explain_non_finite(self, name: str, value: float) -> str:
         kept = ", ".join(file for file in (RESUME_FILE, BEST_CHECKPOINT_FILE) if (self.folder / file).is_file())
@@ -322,10 +312,13 @@ class _Run:
         started = time.perf_counter()
         record: dict[str, Any] = {"step": step, "epoch": epoch}
         record |= {name: float(np.mean(values)) for name, values in self.progress.values.items()}
-        for name, stream in self.eval_streams.items():
-            with self.precision.active():
-                record[f"{name}_acc"] = self.host.misc.accuracy(self.algorithm, stream, None, self.device)
-        record["mem_gb"] = torch.cuda.max_memory_allocated() / 1024.0**3
+        averaged = self.average.read_out(self.algorithm, self.eval_streams, self._evaluate) if self.average else {}
+        record |= (plain := self._evaluate())
+        if self.average is not None:
+            record |= {f"averaged_{name}": value for name, value in (averaged or plain).items()}
+        record["mem_gb"] = (
+            torch.cuda.max_memory_allocated(self.device) / 1024.0**3 if self.device.type == "cuda" else 0.0
+        )
         self.progress.values.clear()
         self.progress.seconds += time.perf_counter() - started
         self.recorder.write(self.algorithm, self.progress, record)

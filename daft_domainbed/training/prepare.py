@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +23,10 @@ from daft_domainbed.plugin.defaults import (
     resolve_auto,
 )
 from daft_domainbed.plugin.registration import register
+from daft_domainbed.runtime.layout import TEACHERS_FOLDER
+from daft_domainbed.runtime.machine import find_device
 from daft_domainbed.runtime.randomness import preserve_states
+from daft_domainbed.teachers.facts import RunFacts
 from daft_domainbed.training.precision import check_precision
 
 _LARGEST_SEED = 2**32 - 1  # NumPy's
@@ -75,9 +78,9 @@ def prepare(args: TrainArgs) -> Prepared:
         raise UsageError(f"--holdout_fraction is {args.holdout_fraction}: it must lie between 0 and 1")
     if not 0 <= args.uda_holdout_fraction < 1:
         raise UsageError(f"--uda_holdout_fraction is {args.uda_holdout_fraction}: it must be at least 0 and below 1")
-    device = _find_device(args.device)
+    device = find_device(args.device)
     check_precision(args.precision, device, args.algorithm)
-    stages = list_stages(args.algorithm)
+    stages = list_stages(args.algorithm, user)
     check_user_hparams(host, user, stages, dataset, asked=stages)
     hparams = choose_hparams(host, args, dataset, user)
     resolve_auto(args.algorithm, hparams)  # refuses what cannot be before anything is trained for it
@@ -90,7 +93,16 @@ def prepare(args: TrainArgs) -> Prepared:
     for name, seed in (("--seed", args.seed), ("--data_seed", args.data_seed)):
         if seed is not None and not 0 <= seed <= _LARGEST_SEED:
             raise UsageError(f"{name} is {seed}: it must lie between 0 and {_LARGEST_SEED}")
+    _check_moments(hparams, n_steps)
     return Prepared(args, host, dataset, user, hparams, device, n_steps, checkpoint_freq)
+
+
+def _check_moments(hparams: Mapping[str, Any], n_steps: int) -> None:
+    """Refuse what would never happen in so few steps."""
+    for name in ("average_start", "probe_steps"):
+        value = hparams.get(name, 0)
+        if value != "never" and value >= n_steps:
+            raise UsageError(f"hyperparameter {name} is {value}: it must be below the {n_steps} steps of the run")
 
 
 def check_test_envs(test_envs: Sequence[int], dataset: DatasetFacts) -> None:
@@ -118,7 +130,7 @@ def choose_hparams(host: Host, args: TrainArgs, dataset: DatasetFacts, user: Map
         chosen = get_random_hparams(host, args.algorithm, dataset, seed)
     else:
         chosen = get_default_hparams(host, args.algorithm, dataset)
-    known = get_known_hparams(host, args.algorithm, dataset) if user else {}
+    known = get_known_hparams(host, args.algorithm, dataset, user) if user else {}
     return chosen | {name: value for name, value in user.items() if name in known}
 
 
@@ -157,12 +169,36 @@ def check_data(data: Data, run: Prepared) -> None:
         raise UsageError(NO_UNLABELLED)
 
 
-def _find_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise UsageError(f"--device {name!r} is no device: use auto, cpu, cuda or cuda:N")
-    device = torch.device(name)
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise UsageError(f"--device {name}: {torch.cuda.device_count()} CUDA devices are visible here; use cpu or auto")
-    return device
+def gather_facts(
+    args: TrainArgs,
+    host: Host,
+    dataset: DatasetFacts,
+    data: Data,
+    user_hparams: Mapping[str, Any],
+    hparams: Mapping[str, Any],
+    folder: Path,
+) -> RunFacts:
+    """Return what has to be known of a run to find, make and check its teachers.
+
+    Args:
+        args: Of the run, with the number of steps.
+        host: Whose parts it uses.
+        dataset: What its class tells.
+        data: The data themselves, split.
+        user_hparams: What the user gave.
+        hparams: All of the run's.
+        folder: Of the run.
+    """
+    return RunFacts(
+        args=args,
+        user_hparams=user_hparams,
+        hparams=hparams,
+        dataset=dataset,
+        num_classes=data.dataset.num_classes,
+        input_shape=tuple(data.dataset.input_shape),
+        splits=data.list_splits(),
+        host=host,
+        output_dir=folder.resolve(),
+        teachers_dir=Path(args.teachers_dir) if args.teachers_dir else folder.resolve().parent / TEACHERS_FOLDER,
+        device=find_device(args.device),
+    )

@@ -16,6 +16,7 @@ from typing import Any
 from daft_domainbed.models import weights
 from daft_domainbed.runtime import files, randomness
 from daft_domainbed.runtime.layout import (
+    AVERAGED_CHECKPOINT_FILE,
     BEST_CHECKPOINT_FILE,
     CHECKPOINT_FILE,
     DONE_FILE,
@@ -27,6 +28,7 @@ from daft_domainbed.runtime.locks import Claim
 from daft_domainbed.runtime.machine import describe_machine
 from daft_domainbed.teachers.facts import RunFacts
 from daft_domainbed.training import resume
+from daft_domainbed.training.averaging import WeightAverage
 from daft_domainbed.training.prepare import Prepared
 from daft_domainbed.training.run_folder import Log, format_row, keep_records
 
@@ -153,8 +155,15 @@ class Recorder:
             progress.best = validation
             self.save_model(algorithm, progress, BEST_CHECKPOINT_FILE)
 
-    def save_model(self, algorithm: Any, progress: Progress, name: str) -> None:
-        """Write a checkpoint of DomainBed's form, with the run's provenance."""
+    def save_model(self, algorithm: Any, progress: Progress, name: str, state: Mapping[str, Any] | None = None) -> None:
+        """Write a checkpoint of DomainBed's form, with the run's provenance.
+
+        Args:
+            algorithm: Whose weights they are.
+            progress: How far the run is.
+            name: Of the file.
+            state: Weights in the place of the algorithm's own.
+        """
         if self.run.args.skip_model_save:
             return
         content = {
@@ -163,7 +172,7 @@ class Recorder:
             "model_num_classes": self.dataset.num_classes,
             "model_num_domains": len(self.dataset) - len(self.run.args.test_envs),
             "model_hparams": dict(self.facts.hparams),
-            "model_dict": algorithm.state_dict(),
+            "model_dict": algorithm.state_dict() if state is None else dict(state),
             "provenance": self.facts.provenance,
             "step": progress.step - 1,
         }
@@ -195,8 +204,10 @@ class Recorder:
         weights.save(content, self.folder / RESUME_FILE)
         self.saved_at = time.monotonic()
 
-    def finish(self, algorithm: Any, progress: Progress) -> None:
-        """Write the last model and `done`; nothing is left to go on from."""
+    def finish(self, algorithm: Any, progress: Progress, average: WeightAverage | None) -> None:
+        """Write the last model, the averaged one and `done`; nothing is left to go on from."""
         self.save_model(algorithm, progress, CHECKPOINT_FILE)
+        if average is not None:
+            self.save_model(algorithm, progress, AVERAGED_CHECKPOINT_FILE, average.tensors)
         files.write_text(self.folder / DONE_FILE, "done")
         (self.folder / RESUME_FILE).unlink(missing_ok=True)

@@ -17,7 +17,8 @@ from daft_domainbed.runtime.files import write_text
 from daft_domainbed.runtime.layout import PROVENANCE_FILE, pack_teachers
 from daft_domainbed.teachers.facts import set_run_facts
 from daft_domainbed.teachers.find import find_teachers
-from daft_domainbed.training.engine import gather_facts, train_teacher
+from daft_domainbed.training.engine import train_teacher
+from daft_domainbed.training.prepare import gather_facts
 
 
 def follow_upstream_run(args: TrainArgs) -> Callable[[Any, Mapping[str, Any]], None]:
@@ -55,6 +56,6 @@ def follow_upstream_run(args: TrainArgs) -> Callable[[Any, Mapping[str, Any]], N
         teachers = find_teachers(facts, lambda teacher: train_teacher(teacher, args.algorithm, warn))
         if teachers:
             write_beside(pack_teachers({prefix: teacher.facts for prefix, teacher in teachers.items()}))
-        set_run_facts(replace(facts, teachers=teachers))
+        set_run_facts(facts.with_teachers(teachers))
 
     return built

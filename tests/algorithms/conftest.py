@@ -16,7 +16,7 @@ from daft_domainbed import plugin
 from daft_domainbed.arguments import TrainArgs
 from daft_domainbed.host import contract
 from daft_domainbed.models import weights
-from daft_domainbed.plugin.defaults import resolve_auto
+from daft_domainbed.plugin.defaults import get_known_hparams, resolve_auto
 from daft_domainbed.teachers.facts import RunFacts, run_in_progress
 from daft_domainbed.teachers.find import find_teachers
 from tests.conftest import get_defaults
@@ -42,6 +42,7 @@ class Workbench:
         self.spec = self.facts.input_spec
         self.teachers: dict[str, Path] = {}
         self._numbers = itertools.count()
+        self.shown: list[Any] | None = None  # in the place of the splits, once the teachers are there
 
     def get_facts(self, algorithm: str = "DAFT", hparams: dict[str, Any] | None = None) -> RunFacts:
         args = TrainArgs(self.dataset, algorithm, seed=SEED, test_envs=[TEST_ENV], steps=10)
@@ -68,11 +69,11 @@ class Workbench:
         if algorithm in ("AFT", "KD", "DAFT"):
             small["teacher"] = str(self.teachers["AFT" if algorithm == "DAFT" else "ERM"])
         defaults = get_defaults(self.host, algorithm, self.dataset)
-        assert hparams.keys() <= defaults.keys()
+        assert hparams.keys() <= get_known_hparams(self.host, algorithm, self.facts, hparams).keys()
         chosen = defaults | small | hparams
         resolve_auto(algorithm, chosen)  # as the engine does before it looks for a teacher
         facts = self.get_facts(algorithm, chosen)
-        facts = replace(facts, teachers=find_teachers(facts, refuse))
+        facts = replace(facts, teachers=find_teachers(facts, refuse), splits=self.shown or facts.splits)
         with torch.random.fork_rng(devices=[]), run_in_progress(facts):
             torch.manual_seed(seed)
             kind = contract.get_algorithm_class(self.host, algorithm)

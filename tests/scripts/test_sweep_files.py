@@ -55,6 +55,14 @@ def test_page_says_how_many_jobs_there_are(study: str, data_dir: Path) -> None:
     assert f"--config sweeps/{study}/sweep.yaml" in page
 
 
+@pytest.mark.parametrize("file", sorted((SWEEPS / "rich_teachers").glob("*.yaml")), ids=lambda file: file.stem)
+def test_rich_teachers_have_as_many_jobs_as_their_page_says(file: Path, data_dir: Path) -> None:
+    jobs = make_plan(collect_sweep_args(read_config(file, "launch") | {"data_dir": str(data_dir)}))
+    assert Counter(job.stage for job in jobs) == {"erm_teacher": 12, "aft_teacher": 12, "student": 36}
+    assert "60 jobs: 12 ERM teachers, 12 AFT teachers, 36 students" in (file.parent / "README.md").read_text()
+    assert file.stem in str(read_config(file, "launch")["output_dir"])
+
+
 CLAIM = sorted((SWEEPS / "claim").glob("*/*.yaml"))
 
 

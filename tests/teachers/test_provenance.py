@@ -26,6 +26,7 @@ OURS = {
     "holdout_fraction": 0.2,
     "task": "domain_generalization",
     "uda_holdout_fraction": 0.0,
+    "leave_out_classes": ["1"],
     "num_classes": 2,
     "input_shape": [3, 28, 28],
     "fingerprints": {"env0_in": "a" * 64, "env0_out": "b" * 64},
@@ -173,6 +174,7 @@ class TestRuns:
             "holdout_fraction": 0.2,
             "task": "domain_generalization",
             "uda_holdout_fraction": 0.0,
+            "leave_out_classes": None,
             "num_classes": 2,
             "input_shape": [3, 28, 28],
         }

@@ -19,7 +19,7 @@ from daft_domainbed.arguments import TrainArgs
 from daft_domainbed.errors import UsageError
 from daft_domainbed.host import checkpoints, contract
 from daft_domainbed.host.contract import describe_dataset
-from daft_domainbed.methods import find_method
+from daft_domainbed.methods import find_method, list_slots
 from daft_domainbed.models import weights
 from daft_domainbed.plugin.defaults import get_random_hparams
 from daft_domainbed.teacher import load_teacher
@@ -643,7 +643,7 @@ class TestPlan:
         args = TrainArgs(**{"dataset": "Debug28", "algorithm": algorithm, "steps": 100, **changes})
         user = user or {}
         wanted = get_defaults(host, algorithm, args.dataset, user) | drawn | user
-        (slot,) = find_method(algorithm).slots
+        (slot,) = list_slots(algorithm)
         return plan_teacher(slot, wanted, args, user, host, describe_dataset(host, args.dataset, user))
 
     @pytest.fixture(autouse=True)

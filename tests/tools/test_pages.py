@@ -38,7 +38,7 @@ def test_every_hyperparameter_has_a_row(host: contract.Host) -> None:
     rows = read_rows(pages.make_table(host))
     assert rows.keys() == {name for method in METHODS for name in list_hparams(method)}
     assert rows["kd_weight"][:3] == ["KD DAFT", "0.9", "`U[0.5, 1]`"]
-    assert rows["backbone"][:3] == ["all but AFT", "EmojiStyles: `resnet8_w8`, PACS: `default`", "fixed"]
+    assert rows["backbone"][:3] == ["all but AFT CaRot FAAL", "EmojiStyles: `resnet8_w8`, PACS: `default`", "fixed"]
     assert rows["input_size"][:2] == ["all", "224"]
     assert re.fullmatch("EmojiStyles: `resnet8_w32`, PACS: `resnet50`", rows["teacher_backbone"][1])
 

@@ -40,7 +40,16 @@ UPSTREAM_FLAGS = {
     *("output_dir", "save_model_every_checkpoint", "seed", "skip_model_save", "steps", "task", "test_envs"),
     *("trial_seed", "uda_holdout_fraction"),
 }
-OUR_FLAGS = {"host", "device", "precision", "teachers_dir", "image_cache", "feature_cache", "data_seed"}
+OUR_FLAGS = {
+    "host",
+    "device",
+    "precision",
+    "teachers_dir",
+    "image_cache",
+    "feature_cache",
+    "data_seed",
+    "leave_out_classes",
+}
 EVALUATIONS = ["env0_in", "env1_in", "env2_in", "env0_out", "env1_out", "env2_out"]
 
 

@@ -1,0 +1,1 @@
+"""Judging trained models: robustness, shift, calibration, detection, fidelity (the protocol of ARES-Bench)."""

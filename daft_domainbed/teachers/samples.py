@@ -1,0 +1,52 @@
+"""What a method may look at before it trains: images of its training domains, never of the held-out ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from daft_domainbed.data.loaders import make_stream, read_split
+from daft_domainbed.data.views import Views
+from daft_domainbed.teachers.facts import RunFacts
+
+Batch = tuple[Tensor, Tensor]
+
+
+def draw_minibatches(facts: RunFacts, count: int) -> Iterator[list[Batch]]:
+    """Yield minibatches as an update gets them, one a training domain; whoever iterates keeps the random states.
+
+    Args:
+        facts: Of the run.
+        count: How many updates they are for.
+    """
+    n_views, batch_size = facts.hparams.get("n_views", 0), facts.hparams["batch_size"]
+    streams = [
+        make_stream(in_, batch_size, 0, views=Views(n_views, facts.args.seed, env) if n_views else None)
+        for env, (in_, _) in _list_training_splits(facts)
+    ]
+    for _ in range(count):
+        yield [_move(next(stream), facts) for stream in streams]
+
+
+def read_in_splits(facts: RunFacts) -> Iterator[Batch]:
+    """Yield the training images, each once."""
+    for _, (in_, _) in _list_training_splits(facts):
+        yield from (_move(batch, facts) for batch in read_split(in_))
+
+
+def read_out_splits(facts: RunFacts) -> Iterator[list[Batch]]:
+    """Yield the validation images of each training domain in turn."""
+    for _, (_, out) in _list_training_splits(facts):
+        yield [_move(batch, facts) for batch in read_split(out)]
+
+
+def _list_training_splits(facts: RunFacts) -> list[tuple[int, Any]]:
+    held_out = set(facts.args.test_envs)
+    return [(env, pair) for env, pair in enumerate(facts.splits) if env not in held_out]
+
+
+def _move(batch: Batch, facts: RunFacts) -> Batch:
+    x, y = batch
+    return x.to(facts.device), y.to(facts.device)

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from daft_domainbed.errors import UsageError
+from daft_domainbed.evaluation.suites import SUITES
+from daft_domainbed.launch.evaluations import plan_evaluations, read_evaluations, write_evaluations
+from daft_domainbed.launch.job import EvaluationJob, name_job
+from daft_domainbed.launch.work import _find_job, do_job
+from daft_domainbed.results.robustness import build_robustness
+from daft_domainbed.results.sweeps import read_sweep
+from tests.launch.conftest import plan, run_here
+
+ASKED = {"suite": "quick", "n_examples": 2, "norm": ["linf"], "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A sweep of KD over three domains, done, and then evaluated."""
+    from daft_domainbed.host.contract import find_host
+    from daft_domainbed.plugin.registration import unregister
+    from daft_domainbed.runtime.randomness import preserve_states
+
+    folder = tmp_path_factory.mktemp("sweep")
+    with preserve_states():
+        assert run_here(folder, plan(folder, "KD")) == {}
+    yield folder
+    unregister(find_host())
+
+
+@pytest.fixture(autouse=True)
+def small_suite(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SUITES, "quick", replace(SUITES["quick"], pgd_steps=2, restarts=1))
+    monkeypatch.setattr("daft_domainbed.evaluation.suites._GRIDS", {"linf": [0, 1]})
+    monkeypatch.setattr("daft_domainbed.evaluation.tasks.CURVE_STEPS", 2)
+
+
+def test_chosen_students_and_their_teachers_are_planned(root: Path) -> None:
+    jobs = plan_evaluations(root, ASKED)
+    assert [name_job(job) for job in jobs] == ["KD evaluation"] * 3 + ["ERM evaluation"] * 3
+    for job in jobs:
+        assert (root / job.checkpoint).is_file()
+        assert job.folder == f"{Path(job.checkpoint).parent}/evaluation"
+        assert job.asked == ASKED
+
+
+def test_a_job_is_an_evaluation_of_its_own_and_the_table_shows_it(root: Path) -> None:
+    jobs = plan_evaluations(root, ASKED)
+    write_evaluations(root, jobs)
+    assert read_evaluations(root) == jobs
+    assert _find_job(root, jobs[0].folder) == jobs[0]
+    steps: list[Any] = []
+    for job in jobs:
+        assert do_job(root, job, threads=1, on_step=lambda *at: steps.append(at)).kind == "done"
+        assert (root / job.folder / "done").is_file()
+    assert steps[-1][0] == steps[-1][1] > 1
+    assert do_job(root, jobs[0], threads=1, on_step=steps.clear).kind == "done"  # nothing was asked again
+    assert steps
+    tables, notes = build_robustness(read_sweep(root))
+    assert [(row.algorithm, row.role) for row in tables[0].rows] == [("KD", "student"), ("ERM", "teacher")]
+    assert all(len(row.values["clean held-out"].numbers) == 1 for row in tables[0].rows)
+    assert notes == []
+    # The sweep itself is what it was.
+    assert not read_sweep(root).notes
+    with pytest.raises(UsageError, match="n_examples 2, not 3"):
+        write_evaluations(root, plan_evaluations(root, ASKED | {"n_examples": 3}))
+
+
+def test_what_went_wrong_is_left_in_the_folder(root: Path, tmp_path: Path) -> None:
+    (job, *_) = plan_evaluations(root, ASKED)
+    lost = replace(job, folder="lost/evaluation", checkpoint="lost/model.pkl")
+    outcome = do_job(tmp_path, lost, threads=1)
+    assert outcome.kind == "failed"
+    assert "lost/model.pkl" in outcome.reason
+    assert "lost/model.pkl" in (tmp_path / "lost/evaluation/failed").read_text()
+
+
+def test_nothing_chosen_and_weights_that_are_gone(tmp_path: Path, root: Path) -> None:
+    plan(tmp_path)
+    with pytest.raises(UsageError, match="launch the sweep first"):
+        plan_evaluations(tmp_path, ASKED)
+    job = plan_evaluations(root, ASKED)[0]
+    path = root / job.checkpoint
+    aside = path.rename(path.with_suffix(".aside"))
+    try:
+        with pytest.raises(UsageError, match="is gone"):
+            plan_evaluations(root, ASKED)
+    finally:
+        aside.rename(path)
+
+
+def test_a_damaged_list_is_refused(tmp_path: Path) -> None:
+    assert read_evaluations(tmp_path) == []
+    for text in ("nonsense", "[]", json.dumps({"jobs": [{"folder": 1}]})):
+        (tmp_path / "evaluations.json").write_text(text)
+        with pytest.raises(UsageError, match="delete it"):
+            read_evaluations(tmp_path)
+
+
+def test_an_evaluation_is_no_other_job(root: Path) -> None:
+    job = plan_evaluations(root, ASKED)[0]
+    assert isinstance(job, EvaluationJob)
+    assert job.needs == []
