@@ -94,6 +94,7 @@ def test_pictures_have_pixels_from_zero_to_one(
 @pytest.mark.usefixtures("short_suite")
 def test_what_upstreams_own_loop_has_trained(clone: str, tmp_path: Path) -> None:
     flags = ["--dataset", "Debug28", "--algorithm", "ERM", "--steps", "3", "--output_dir", str(tmp_path / "run")]
+    flags += ["--hparams", '{"batch_size": 8}']  # for a larger one than a domain it would wait without end
     environment = os.environ | {"PYTHONPATH": clone, "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "domainbed.scripts.train", "--data_dir", str(tmp_path), *flags]
     subprocess.run(command, env=environment, cwd=tmp_path, check=True, capture_output=True)
