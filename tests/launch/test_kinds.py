@@ -16,7 +16,7 @@ from daft_domainbed.launch.kinds import estimate_seconds, name_kind
         ("erm_teacher", "ERM", "ERM teacher, PACS"),
         ("aft_teacher", "AFT", "AFT teacher, PACS"),
         ("mine_teacher", "Mine", "Mine teacher, PACS"),
-        ("evaluation", "Mine", "evaluation, PACS"),
+        ("evaluation", "Mine", "Mine evaluation, PACS"),
     ],
 )
 def test_kinds_are_told_apart_by_stage_algorithm_and_data_set(stage: str, algorithm: str, name: str) -> None:
