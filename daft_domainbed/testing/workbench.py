@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -71,11 +71,24 @@ class Workbench:
         except Exception as error:  # whatever a method does: one check tells, the others are skipped
             self.error = error
 
-    @property
-    def whole(self) -> Path:
-        """The folder of a run that was not interrupted; a check that needs one is skipped where there is none."""
+    def require_training(self) -> None:
+        """Skip a check that needs an algorithm that trains, with one that does not."""
         if self.error is not None:
             pytest.skip("the algorithm does not train: see test_trains_and_records")
+
+    @contextmanager
+    def attempting(self) -> Iterator[None]:
+        """Skip a check that fails in this block, with an algorithm that does not train."""
+        try:
+            yield
+        except Exception:
+            self.require_training()
+            raise
+
+    @property
+    def whole(self) -> Path:
+        """The folder of a run that was not interrupted."""
+        self.require_training()
         return self.folder / "whole"
 
     def train(self, name: str, on_step: Callable[[int, int], None] | None = None) -> Path:
@@ -99,15 +112,21 @@ class Workbench:
     @cached_property
     def facts(self) -> RunFacts:
         """What the run's algorithm is told, with its teachers."""
-        run = self.run
+        run, folder = self.run, self.folder / "whole"
         facts = gather_facts(
-            run.complete_args, run.host, run.dataset, self.data, run.user_hparams, dict(run.hparams), self.whole
+            run.complete_args, run.host, run.dataset, self.data, run.user_hparams, dict(run.hparams), folder
         )
         teachers = find_teachers(facts, lambda args: train_teacher(args, self.args.algorithm, print))
         return replace(facts, teachers=teachers)
 
-    def build(self) -> Any:
-        """Return the algorithm as it is before its first update, with copies of the run's teachers."""
+    def build(self, *, anyway: bool = False) -> Any:
+        """Return the algorithm as it is before its first update, with copies of the run's teachers.
+
+        Args:
+            anyway: Of an algorithm that does not train, too.
+        """
+        if not anyway:
+            self.require_training()
         self.teachers = copy.deepcopy(dict(self.facts.teachers))
         hparams = dict(self.run.hparams)
         kind = get_algorithm_class(self.run.host, self.args.algorithm)
@@ -141,8 +160,24 @@ class Workbench:
             if hash_state(teacher.model.state_dict()) != teacher.facts["sha256"]
         ]
 
+    def list_teacher_entries(self, algorithm: Any) -> list[str]:
+        """Return the names of an algorithm's state dict behind which a teacher's own tensors are."""
+        teachers = self.teachers.values()
+        theirs = {tensor.data_ptr() for teacher in teachers for tensor in teacher.model.state_dict().values()}
+        state = algorithm.state_dict()
+        return [name for name, tensor in state.items() if tensor.numel() and tensor.data_ptr() in theirs]
+
+    def predict(self, algorithm: Any, *, alone: bool) -> torch.Tensor:
+        """Return logits of a minibatch in evaluation mode, the same each time; the teachers are silent if `alone`."""
+        (x, _), *_ = self.draw_minibatches(0)
+        algorithm.eval()
+        with torch.no_grad(), preserve_states(), self._silenced_teachers() if alone else nullcontext():
+            logits: torch.Tensor = algorithm.predict(x)
+        algorithm.train()
+        return logits
+
     @contextmanager
-    def silenced_teachers(self) -> Iterator[None]:
+    def _silenced_teachers(self) -> Iterator[None]:
         """Have the teachers, and every part of them, answer with nothing but zeros inside the block."""
         with ExitStack() as stack, torch.no_grad():
             for teacher in self.teachers.values():

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from daft_domainbed import plugin
 from daft_domainbed.algorithms.daft import KD
+from daft_domainbed.errors import UsageError
 from daft_domainbed.host import contract as host_contract
 from daft_domainbed.hparams import Hparam, number, uniform
 from daft_domainbed.methods import Slot
@@ -82,6 +83,13 @@ class AsksTeacherInPredict(KD):
         return logits if self.training or not getattr(self, "is_trained", False) else logits + self.teacher(x)
 
 
+class IsItsTeacher(KD):
+    """Does not even train: no gradient comes through a teacher."""
+
+    def predict(self, x: Tensor) -> Tensor:
+        return self.teacher(x)
+
+
 class AnswersWithTooManyClasses(Plain):
     def predict(self, x: Tensor) -> Tensor:
         return F.pad(super().predict(x), (0, 1), value=-1e9)
@@ -103,6 +111,12 @@ class HasDefaultThatJsonChanges(Plain):
     HPARAMS = {"hdj_schedule": Hparam({0: 0.5}, lambda value: None, "a weight by step")}
 
 
+class HasDefaultThatJsonRefuses(Plain):
+    """Does not even train: no record can be written."""
+
+    HPARAMS = {"hdr_kind": Hparam(torch.float32, lambda value: None, "a kind of number")}
+
+
 class HasIllegalDefault(Plain):
     HPARAMS = {"hid_weight": Hparam(1.5, FRACTION, "a weight")}
 
@@ -115,6 +129,16 @@ class ResolvesTwice(Plain):
         return {"rt_weight": hparams["rt_weight"] / 2}
 
 
+class DrawsWhatCannotBe(Plain):
+    HPARAMS = {"dwc_weight": Hparam(0.5, FRACTION, "a weight", uniform(0, 1))}
+
+    @classmethod
+    def resolve(cls, hparams: Mapping[str, Any]) -> dict[str, Any]:
+        if hparams["dwc_weight"] > 0.6:
+            raise UsageError("too much")
+        return {}
+
+
 class PutsLossLast(Plain):
     def update(self, minibatches: Minibatches, unlabeled: Any = None) -> dict[str, float]:
         values: dict[str, float] = super().update(minibatches, unlabeled)
@@ -125,6 +149,13 @@ class GivesTensors(Plain):
     def update(self, minibatches: Minibatches, unlabeled: Any = None) -> dict[str, Any]:
         values: dict[str, float] = super().update(minibatches, unlabeled)
         return {name: torch.tensor(value) for name, value in values.items()}
+
+
+class GivesALossOfEachImage(Plain):
+    """Does not even train: the engine averages numbers."""
+
+    def update(self, minibatches: Minibatches, unlabeled: Any = None) -> dict[str, Any]:
+        return {"loss": [0.5, 0.5]}
 
 
 class OverwritesTheRecord(Plain):
@@ -142,10 +173,24 @@ class HoldsMoreThanErm(Plain):
         self.scale = nn.Parameter(torch.ones(1))
 
 
+class HoldsALayerOfItsOwn(Plain):
+    """Draws other random numbers when it is built, since it holds more."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.map = nn.Linear(3, 3)
+
+
 class DrawsWhenBuilt(Plain):
     def __init__(self, *args: Any) -> None:
         torch.rand(1)
         super().__init__(*args)
+
+
+class CannotBeBuilt(KD):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        take_teacher("mentor")
 
 
 class Diverges(Plain):
@@ -155,6 +200,7 @@ class Diverges(Plain):
 
 BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
     (TeacherAsModule, {}, "state_dict_holds_no_teacher", "teacher_network.* of the state dict is a teacher's"),
+    (TeacherAsModule, {"is_plain": True}, "state_dict_holds_no_teacher", "is a teacher's: hold the Teacher itself"),
     (MovesPython, {}, "random_states_stay_as_they_were", "moves Python's global random state: use a torch.Generator"),
     (MovesTorchInPredict, {}, "random_states_stay_as_they_were", "moves torch's"),
     (ForgetsItsCounter, {}, "goes_on_where_it_was", "an interrupted run ends otherwise"),
@@ -165,18 +211,29 @@ BROKEN: list[tuple[type, dict[str, Any], str, str]] = [
         "predicts_with_the_student_alone",
         "answers otherwise without teachers, after 1 updates",
     ),
+    (IsItsTeacher, {}, "predicts_with_the_student_alone", "answers otherwise without teachers, after 0 updates"),
     (AnswersWithTooManyClasses, {}, "predicts_with_the_student_alone", r"gives \(8, 3\), not \[B, K\] = \(8, 2\)"),
     (DriftsInBatchNorm, {}, "teachers_stay_as_they_were", "statistics of teacher have changed"),
     (DrawsTooMuch, {}, "hyperparameters_are_legal_and_plain", "random draw of seed .* of dtm_weight is .* at most 1"),
     (HasDefaultThatJsonChanges, {}, "hyperparameters_are_legal_and_plain", r"is \{0: 0.5\}, which JSON does not keep"),
+    (
+        HasDefaultThatJsonRefuses,
+        {},
+        "hyperparameters_are_legal_and_plain",
+        "is torch.float32, which JSON does not keep",
+    ),
     (HasIllegalDefault, {}, "hyperparameters_are_legal_and_plain", "the default of hid_weight is 1.5: it must be"),
     (ResolvesTwice, {}, "hyperparameters_are_legal_and_plain", "resolves to something else"),
+    (DrawsWhatCannotBe, {}, "hyperparameters_are_legal_and_plain", "random draw of seed .* cannot be: too much"),
     (PutsLossLast, {}, "update_returns_floats_with_the_loss_first", r"\['task_loss', 'loss'\]: loss has to come first"),
     (GivesTensors, {}, "update_returns_floats_with_the_loss_first", "returns a Tensor as loss: give a float"),
+    (GivesALossOfEachImage, {}, "update_returns_floats_with_the_loss_first", "returns a list as loss: give a float"),
     (OverwritesTheRecord, {}, "update_returns_floats_with_the_loss_first", "'env0_in_acc', which a record has"),
     (TakesTheHostsName, {}, "names_are_its_own", "the hyperparameter lr is one of the host"),
     (HoldsMoreThanErm, {"is_plain": True}, "weights_load_strictly", "do not fit"),
+    (HoldsALayerOfItsOwn, {"is_plain": True}, "weights_load_strictly", "do not fit"),
     (DrawsWhenBuilt, {"is_plain": True}, "building_draws_what_erm_draws", "other random numbers of torch than ERM"),
+    (CannotBeBuilt, {}, "trains_and_records", "Broken has no slot 'mentor': declare it"),
     (Diverges, {}, "trains_and_records", "loss is nan"),
 ]
 
