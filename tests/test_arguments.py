@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import PIL.features
 import pytest
+from torchvision.datasets import ImageFolder
 
 from daft_domainbed import plugin
 from daft_domainbed.algorithms.aft import AFT
 from daft_domainbed.algorithms.daft import DAFT, KD
 from daft_domainbed.arguments import SweepArgs, TrainArgs, get_identity, list_differences
+from daft_domainbed.data import image_cache
+from daft_domainbed.embedded.datasets import read_image
 from daft_domainbed.errors import UsageError
 from daft_domainbed.host import contract
 from daft_domainbed.hparams import Hparam, number
@@ -208,6 +214,19 @@ def test_teachers_of_then_are_taken(algorithm: str, kinds: list[str], capfd: pyt
 def test_tables_of_then_are_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     assert collect_results.main(["--input_dir", "sweep", "--format", "json"]) == 0
     assert capsys.readouterr().out == Path("results.json").read_text()
+
+
+def test_decoded_images_of_then_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their key was computed at that commit, with the decoder's version and the files' times as here."""
+    monkeypatch.setattr(PIL, "__version__", "0")
+    monkeypatch.setattr(PIL.features, "version", lambda name: "0")
+    for path in (Path("pictures", label, "1.png") for label in "ab"):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"x" * 10)
+        os.utime(path, ns=(10**18, 10**18))
+    domain = ImageFolder("pictures", loader=partial(read_image, allow_truncated=True))
+    key = image_cache._describe(domain).hex()
+    assert key == "05ef317bbaced8bae914803ac0421e98ff9d2f08b3bb64e68c58620063154dcd"
 
 
 def test_an_unfinished_run_of_then_is_refused_by_name() -> None:
