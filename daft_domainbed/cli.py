@@ -20,6 +20,7 @@ import traceback
 from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
 from daft_domainbed import __doc__ as PACKAGE_SUMMARY
@@ -191,6 +192,18 @@ def _guard(program: str, call: Callable[[], int], debug: bool) -> int:
         status, message = _describe_failure(error)
     print(f"{program}: {' '.join(message.splitlines())}", file=sys.stderr)
     return status
+
+
+def _answer_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Let a script that is a command line of its own end in one line where it is wrong before `main` is reached."""
+    if not isinstance(error, (UsageError, RunError)) or hasattr(sys, "ps1") or "--debug" in sys.argv:
+        sys.__excepthook__(kind, error, trace)
+        return
+    print(f"{PROGRAM}: {' '.join(str(error).splitlines())}", file=sys.stderr)
+    raise SystemExit(error.exit_status)
+
+
+sys.excepthook = _answer_uncaught
 
 
 def _describe_failure(error: Exception) -> tuple[int, str]:

@@ -138,18 +138,36 @@ def parse_eps(value: str | float, auto: float) -> float:
 
 
 def pick(*choices: Any) -> Draw:
-    """Draw one of these values."""
+    """Draw one of these values.
+
+    Raises:
+        UsageError: There are none.
+    """
+    if not choices:
+        raise UsageError("pick() draws nothing: give the values to draw from")
     text = "{" + ", ".join(f"{c:g}" if isinstance(c, float) else str(c) for c in choices) + "}"
     return Draw(text, lambda random: choices[random.randint(len(choices))])
 
 
 def uniform(low: float, high: float) -> Draw:
-    """Draw a number uniformly from [low, high)."""
+    """Draw a number uniformly from [low, high).
+
+    Raises:
+        UsageError: There is no such range.
+    """
+    if not -math.inf < low <= high < math.inf:
+        raise UsageError(f"uniform({low:g}, {high:g}) draws nothing: give two finite numbers, the lower one first")
     return Draw(f"U[{low:g}, {high:g}]", lambda random: float(random.uniform(low, high)))
 
 
 def log_uniform(low: float, high: float) -> Draw:
-    """Draw a number whose logarithm is uniform."""
+    """Draw a number whose logarithm is uniform.
+
+    Raises:
+        UsageError: There is no such range.
+    """
+    if not 0 < low <= high < math.inf:
+        raise UsageError(f"log_uniform({low:g}, {high:g}) draws nothing: give two numbers above 0, the lower one first")
     return Draw(
         f"exp U[log {low:g}, log {high:g}]",
         lambda random: float(math.exp(random.uniform(math.log(low), math.log(high)))),

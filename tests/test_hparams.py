@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from daft_domainbed import hparams, plugin
 from daft_domainbed.errors import UsageError
 from daft_domainbed.host import contract
+from daft_domainbed.hparams import log_uniform, pick, uniform
 from daft_domainbed.plugin.defaults import get_default_hparams, get_random_hparams, list_hparams, list_owners
 from tests.conftest import get_defaults
 
@@ -364,3 +366,12 @@ def test_json_that_is_no_object_is_refused(text: str, kind: str) -> None:
 @pytest.mark.parametrize("text", [None, "", "{}"])
 def test_no_hyperparameters_are_fine(text: str | None) -> None:
     assert hparams.parse_json(text) == {}
+
+
+@pytest.mark.parametrize(
+    ("draw", "bounds"),
+    [(uniform, (1, 0)), (uniform, (0, math.inf)), (log_uniform, (0, 10)), (log_uniform, (2, 1)), (pick, ())],
+)
+def test_a_draw_from_nothing_is_refused(draw: Any, bounds: tuple[float, ...]) -> None:
+    with pytest.raises(UsageError, match=f"{draw.__name__}.* draws nothing"):
+        draw(*bounds)

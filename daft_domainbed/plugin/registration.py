@@ -16,19 +16,11 @@ from daft_domainbed.errors import UsageError, suggest
 from daft_domainbed.functional.input_spec import INPUT_SPECS
 from daft_domainbed.host.contract import Host, describe_dataset
 from daft_domainbed.hparams import Hparam
-from daft_domainbed.methods import METHODS, Method, Slot, find_method, list_ours, list_stages, load_class
+from daft_domainbed.methods import METHODS, PLAIN, Method, Slot, list_ours, load_class
 from daft_domainbed.models.backbones import build_backbones, freeze_part
 from daft_domainbed.models.frozen import fix_statistics
-from daft_domainbed.plugin.defaults import (
-    ENGINE,
-    FOLDER,
-    NETWORK,
-    build_pairs,
-    get_hparams,
-    list_host_hparams,
-    list_plain_pairs,
-    list_slot_hparams,
-)
+from daft_domainbed.plugin.added import check_hparams, check_slots
+from daft_domainbed.plugin.defaults import build_pairs, get_hparams, list_plain_pairs
 from daft_domainbed.plugin.patching import without_pretrained_weights
 from daft_domainbed.plugin.registry import REGISTRY, Pairs, Registration
 
@@ -86,15 +78,16 @@ def add_algorithm(
     Raises:
         UsageError: The name, a slot's or a hyperparameter's is taken, or there is no method `like` it.
     """
-    model = find_method(like)
     if like not in METHODS:
         raise UsageError(f"add_algorithm: no method {like!r} to be like.{suggest(like, METHODS)}")
-    if name in METHODS and name not in REGISTRY.added:
-        raise UsageError(f"add_algorithm: {name!r} is one of our methods: choose another name")
-    inherited = get_hparams(like) if slots is None else {}
+    if slots is not None and like != PLAIN:
+        raise UsageError(f"add_algorithm: {name} has slots and is like {like}, which has its own: give one of the two")
+    _check_name(name, mixin)
+    inherited = get_hparams(like)
     own: Mapping[str, Hparam] = getattr(mixin, "HPARAMS", {}) if hparams is None else hparams
-    slots = model.slots if slots is None else tuple(slots)
-    _check_new_names(name, own, slots)
+    slots = METHODS[like].slots if slots is None else tuple(slots)
+    check_slots(name, slots)
+    check_hparams(name, mixin, own, inherited, slots)
     METHODS[name] = Method(slots=tuple(slots), is_plain=is_plain, mixin=mixin, hparams={**inherited, **own})
     if name not in REGISTRY.added:
         REGISTRY.added.append(name)
@@ -105,19 +98,13 @@ def add_algorithm(
         _add_algorithm_to(registration, name)
 
 
-def _check_new_names(name: str, own: Mapping[str, Hparam], slots: Sequence[Slot]) -> None:
-    prefixes = [slot.prefix for slot in slots]
-    if twice := [prefix for prefix in prefixes if prefixes.count(prefix) > 1]:
-        raise UsageError(f"add_algorithm: {name} has two slots called {twice[0]!r}: give each a prefix of its own")
-    kinds = [slot.kind for slot in slots if slot.kind and slot.kind not in METHODS]
-    if kinds:
-        raise UsageError(f"add_algorithm: no method {kinds[0]!r} makes a model for {name}.{suggest(kinds[0], METHODS)}")
-    if name in {stage for slot in slots if slot.kind for stage in list_stages(slot.kind)}:
-        raise UsageError(f"add_algorithm: {name} would learn from itself: let another method make its models")
-    taken = NETWORK.keys() | ENGINE.keys() | FOLDER.keys() | {key for slot in slots for key in list_slot_hparams(slot)}
-    taken = taken | list_host_hparams()
-    if clashes := sorted(taken & own.keys()):
-        raise UsageError(f"add_algorithm: the hyperparameter {clashes[0]!r} of {name} is taken: choose another name")
+def _check_name(name: str, mixin: type) -> None:
+    if name in METHODS and name not in REGISTRY.added:
+        raise UsageError(f"add_algorithm: {name!r} is one of our methods: choose another name")
+    added = METHODS[name].mixin if name in METHODS else None
+    modules = {kind.__module__ for kind in (added, mixin) if kind} - {"__main__", _SOURCE}
+    if len(modules) > 1:
+        raise UsageError(f"add_algorithm: {' and '.join(sorted(modules))} both add {name!r}: rename one of the two")
 
 
 def list_sources() -> list[str]:

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
 from daft_domainbed.cli import ArgumentParser, run_command
 from daft_domainbed.errors import UsageError, suggest
-from daft_domainbed.methods import METHODS, PLAIN
+from daft_domainbed.methods import METHODS, PLAIN, list_stages
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -89,17 +91,33 @@ def _format_list(described: Sequence[dict[str, Any]]) -> str:
 
 
 def _format_method(method: dict[str, Any], dataset: str) -> str:
-    lines = [f"{method['name']}: {method['source']}"]
+    from daft_domainbed.plugin.defaults import get_hparams
+
+    lines = [": ".join(filter(None, [method["name"], method["source"]]))]
     lines += [f"learns from {slot['prefix']}: {slot['kind'] or 'any pretrained network'}" for slot in method["slots"]]
     rows = [("hyperparameter", f"default on {dataset}", "random draw", "meaning")]
     for name, hparam in method["hparams"].items():
         rows.append((name, json.dumps(hparam["default"]), hparam["draw"] or "fixed", hparam["meaning"]))
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    lines += [
-        "  ".join([*(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False)), row[3]]) for row in rows
-    ]
+    lines += _align(rows)
     host = "" if method["name"] == PLAIN else f", and as {PLAIN}"
-    return "\n".join([*lines, f"Beside these it has the host's own{host}: lr, batch_size, weight_decay ..."])
+    lines += [f"Beside these it has the host's own{host}: lr, batch_size, weight_decay ..."]
+    for stage in list_stages(method["name"])[1:]:
+        if get_hparams(stage).keys() - method["hparams"].keys():
+            lines += [f"Its teachers take those of {stage} too, which 'daft-domainbed methods {stage}' lists."]
+    return "\n".join(lines)
+
+
+def _align(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table whose last column is folded to what the terminal has room for."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+    indent = sum(widths) + 2 * len(widths)
+    room = max(shutil.get_terminal_size((120, 0)).columns - indent, 24)
+    lines = []
+    for *cells, last in rows:
+        start = "".join(f"{cell:<{width}}  " for cell, width in zip(cells, widths, strict=True))
+        folded = textwrap.wrap(last, room, break_long_words=False) or [""]
+        lines += [(start + folded[0]).rstrip(), *(" " * indent + line for line in folded[1:])]
+    return lines
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from daft_domainbed.arguments import TrainArgs
-from daft_domainbed.errors import UsageError
+from daft_domainbed.errors import UsageError, suggest
 from daft_domainbed.host.contract import DatasetFacts, Host
 from daft_domainbed.teachers.provenance import Split, describe
 from daft_domainbed.teachers.teacher import Teacher
@@ -116,7 +116,7 @@ def take_teacher(prefix: str = "teacher") -> Teacher:
     facts = require_run_facts(prefix)
     if prefix not in facts.teachers:
         raise UsageError(
-            f"{facts.args.algorithm} has no slot {prefix!r}: declare it, as in add_algorithm(..., "
-            f"slots=[Slot('ERM', {prefix!r})])"
+            f"{facts.args.algorithm} has no slot {prefix!r}.{suggest(prefix, facts.teachers)} Declare it, as in "
+            f"add_algorithm(..., slots=[Slot('ERM', {prefix!r})])"
         )
     return facts.teachers[prefix]

@@ -36,8 +36,17 @@ def find_teachers(facts: RunFacts, make: Make) -> dict[str, Teacher]:
         UsageError: A teacher is missing, damaged, of the wrong kind, or was trained on something else; each differing
             field is named with both values.
     """
+    slots = list_slots(facts.args.algorithm, facts.hparams)
     with preserve_states():
-        return {slot.prefix: _find(slot, facts, make) for slot in list_slots(facts.args.algorithm, facts.hparams)}
+        # What the user named comes first: a mistake in it should not wait until other teachers are trained.
+        found = {
+            slot.prefix: _find(slot, facts, make) for slot in sorted(slots, key=lambda slot: _is_auto(slot, facts))
+        }
+    return {slot.prefix: found[slot.prefix] for slot in slots}
+
+
+def _is_auto(slot: Slot, facts: RunFacts) -> bool:
+    return bool(facts.hparams.get(slot.prefix, "auto") == "auto")
 
 
 def _find(slot: Slot, facts: RunFacts, make: Make) -> Teacher:

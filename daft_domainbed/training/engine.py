@@ -33,6 +33,7 @@ from daft_domainbed.teachers.facts import RunFacts, run_in_progress
 from daft_domainbed.teachers.find import find_teachers
 from daft_domainbed.training import resume
 from daft_domainbed.training.averaging import WeightAverage
+from daft_domainbed.training.faults import check_update, explain_missing_hparams
 from daft_domainbed.training.precision import Precision, find_drawback
 from daft_domainbed.training.prepare import Prepared, check_data, gather_facts, prepare
 from daft_domainbed.training.recorder import Progress, Recorder
@@ -202,9 +203,9 @@ class _Run:
         dataset, args = self.data.dataset, self.args
         with run_in_progress(self.facts):
             kind = get_algorithm_class(self.host, args.algorithm)
-            self.algorithm = kind(
-                dataset.input_shape, dataset.num_classes, len(dataset) - len(args.test_envs), self.hparams
-            )
+            num_domains = len(dataset) - len(args.test_envs)
+            with explain_missing_hparams(args.algorithm, self.hparams):
+                self.algorithm = kind(dataset.input_shape, dataset.num_classes, num_domains, self.hparams)
         self.algorithm.to(self.device)
         if drawback := find_drawback(args.precision, self.device):
             self.log.warn(drawback)
@@ -273,8 +274,9 @@ class _Run:
         unlabelled = None
         if self.args.task == "domain_adaptation":
             unlabelled = [self._to_device(next(stream))[0] for stream in self.uda_streams]
-        with self.precision.active():
+        with self.precision.active(), explain_missing_hparams(self.args.algorithm, self.hparams):
             values = self.algorithm.update(minibatches, unlabelled)
+        check_update(self.args.algorithm, values)
         elapsed = time.perf_counter() - started
         progress.values["step_time"].append(elapsed)
         progress.seconds += elapsed

@@ -86,6 +86,13 @@ def test_script_sweeps_in_processes_of_its_own(script: Path) -> None:
     assert all(Path("sweep", job["folder"], "done").is_file() for job in jobs)
 
 
+def test_a_mistake_before_main_ends_the_script_in_one_line() -> None:
+    code = "from daft_domainbed import cli, plugin; plugin.add_algorithm('KD', object)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    message = "daft-domainbed: add_algorithm: 'KD' is one of our methods: choose another name\n"
+    assert (result.returncode, result.stderr) == (2, message)
+
+
 def test_its_test_is_found_and_passes(script: Path, tmp_path: Path) -> None:
     names: dict[str, Any] = {}
     exec(TEST, names)

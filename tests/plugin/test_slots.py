@@ -18,7 +18,7 @@ from daft_domainbed.functional.losses import kd_loss
 from daft_domainbed.host import contract
 from daft_domainbed.hparams import Hparam, number, uniform
 from daft_domainbed.launch.plan import make_plan
-from daft_domainbed.methods import METHODS, Method, Slot, find_method
+from daft_domainbed.methods import METHODS, Method, Slot, find_method, load_class
 from daft_domainbed.plugin.defaults import get_default_hparams, list_owners
 from daft_domainbed.plugin.registry import REGISTRY
 from daft_domainbed.scripts import methods as methods_command
@@ -141,6 +141,24 @@ def test_a_pretrained_network_has_no_logits_to_give(tiny: Any) -> None:
         ({"hparams": {"backbone": SHARE}}, "the hyperparameter 'backbone' of Pair is taken"),
         ({"slots": PAIR, "hparams": {"calm_lr": SHARE}}, "the hyperparameter 'calm_lr' of Pair is taken"),
         ({"like": "KDD"}, "no method 'KDD' to be like.* Did you mean 'KD'"),
+        ({"like": "KD", "slots": PAIR}, "Pair has slots and is like KD, which has its own"),
+        ({"slots": ["ERM"]}, r"a slot of Pair is 'ERM': write it as Slot\('ERM', 'teacher'\)"),
+        ({"slots": [Slot("ERM", "my teacher")]}, "a slot of Pair is called 'my teacher'"),
+        ({"slots": [Slot("ERM", "lr")]}, "the slot 'lr' of Pair would have a hyperparameter 'lr', which is taken"),
+        ({"hparams": {"aft_eps": SHARE}}, "the hyperparameter 'aft_eps' of Pair is AFT's: choose another name"),
+        ({"hparams": {"pair_share": 0.5}}, r"'pair_share' of Pair is 0.5: write it as Hparam\(0.5, check, "),
+        (
+            {"hparams": {"pair_share": Hparam(2.0, number(0, 1), "share")}},
+            "a default of 'pair_share' of Pair is 2.0: it must be a number of at least 0 and at most 1",
+        ),
+        (
+            {"hparams": {"pair_share": Hparam(0.5, number(0, 1), "share", uniform(2, 3))}},
+            "a draw of 'pair_share' of Pair is 2.*: it must be a number of at least 0 and at most 1",
+        ),
+        (
+            {"hparams": {"pair_share": Hparam(torch.ones(1), lambda value: None, "share")}},
+            "a default of 'pair_share' of Pair is tensor.*: it must be of a plain type",
+        ),
     ],
 )
 def test_what_cannot_be_added_is_refused_by_name(given: dict[str, Any], message: str) -> None:
@@ -148,6 +166,20 @@ def test_what_cannot_be_added_is_refused_by_name(given: dict[str, Any], message:
     with pytest.raises(UsageError, match=message):
         plugin.add_algorithm("Pair", Pair, **given)
     assert before == METHODS
+
+
+def test_one_derived_from_a_method_has_its_hyperparameters(tiny: Any) -> None:
+    own = type("Own", (load_class("KD"),), {"HPARAMS": {"kd_weight": SHARE}})
+    plugin.add_algorithm("Own", own, slots=[Slot("ERM")])
+    assert METHODS["Own"].hparams == {"kd_weight": SHARE}
+
+
+def test_two_modules_that_add_one_name_are_named(tiny: Any) -> None:
+    plugin.add_algorithm("Pair", Pair, slots=PAIR)
+    plugin.add_algorithm("Pair", Pair, slots=PAIR)  # the same one again, as a script that is run twice does
+    other = type("Pair", (Pair,), {"__module__": "somewhere.else"})
+    with pytest.raises(UsageError, match=f"somewhere.else and {__name__} both add 'Pair'"):
+        plugin.add_algorithm("Pair", other, slots=PAIR)
 
 
 def test_a_method_of_ours_keeps_its_name() -> None:
