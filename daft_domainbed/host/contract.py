@@ -20,6 +20,10 @@ from daft_domainbed.functional.input_spec import INPUT_SPECS, InputSpec
 DEFAULT_INPUT_SIZE = 224  # of a folder's images, in pixels
 _LARGEST_SMALL_FOLDER = 64
 
+# What is peculiar to some of DomainBed's own algorithms.
+USING_NUMPY = ("RSC",)  # hands gradients to it, and it has no bfloat16
+USING_BACKWARD_HOOKS = ("Fishr",)  # takes its gradients, sample by sample, inside backward, where a loss is scaled
+
 
 @dataclass(frozen=True)
 class Host:

@@ -9,12 +9,11 @@ from typing import Any
 import torch
 
 from daft_domainbed.errors import UsageError
+from daft_domainbed.host.contract import USING_BACKWARD_HOOKS, USING_NUMPY
 from daft_domainbed.training.loss_scaler import LossScaler
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SMALL_SIDE = 32
-_NUMPYS = ("RSC",)  # hands gradients to NumPy, which has no bfloat16
-_UNSCALABLE = ("Fishr",)  # takes its gradients, sample by sample, from hooks inside backward
 
 
 class Precision:
@@ -67,13 +66,13 @@ def check_precision(name: str, device: torch.device, algorithm: str = "ERM") -> 
         UsageError: fp16 on anything but CUDA, or for an algorithm whose gradients would be the scaled loss's; bf16 for
             one that computes with NumPy.
     """
-    if name == "bf16" and algorithm in _NUMPYS:
+    if name == "bf16" and algorithm in USING_NUMPY:
         raise UsageError(f"--precision bf16: {algorithm} computes with NumPy, which has no bfloat16: use fp32")
     if name != "fp16":
         return
     if device.type != "cuda":
         raise UsageError(f"--precision fp16 runs on CUDA only, and the device is {device}: use bf16 or fp32")
-    if algorithm in _UNSCALABLE:
+    if algorithm in USING_BACKWARD_HOOKS:
         raise UsageError(
             f"--precision fp16 scales the loss, and {algorithm} would take the scale for a part of each sample's "
             f"gradient: use bf16 or fp32"
