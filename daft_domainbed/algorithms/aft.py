@@ -150,20 +150,22 @@ class AFT(ERM):
         The heads are trained side by side for the run's steps, on one and the same minibatches.
         """
         self.to(facts.device)
+        self.teacher.follow(next(self.parameters()))
+        featurizer = self.teacher.model.featurizer  # the same, and it may know the images already
         heads = {radius: copy.deepcopy(self.classifier) for radius in RADII}
         optimizers = {radius: self._make_optimizer(head) for radius, head in heads.items()}
         with preserve_states():
             seed_everything(facts.args.seed)
             for minibatches in draw_minibatches(facts, facts.args.steps or 0):
                 x, y = (torch.cat(parts) for parts in zip(*minibatches, strict=True))
-                features = self._encode(x)
+                features = featurizer(x)
                 targets = self._make_targets(x, features, y)
                 for radius, head in heads.items():
                     loss, _ = self._get_losses(head, radius, x, features, y, targets)
                     optimizers[radius].zero_grad()
                     loss.backward()
                     optimizers[radius].step()
-            return _validate(self.featurizer, heads, read_out_splits(facts))
+            return _validate(featurizer, heads, read_out_splits(facts))
 
     def _make_optimizer(self, head: nn.Module) -> Any:
         return type(self.optimizer)(head.parameters(), lr=self.hparams["lr"], weight_decay=self.hparams["weight_decay"])

@@ -21,6 +21,7 @@ TRAIN, HOST_TRAIN = "daft_domainbed.scripts.train", "domainbed.scripts.train"
 BARE = "daft_domainbed.benchmark.bare"
 
 STUDENT, TEACHER = "resnet8_w8", "resnet8_w32"
+PRETRAINED = "timm/tf_efficientnet_lite0"
 EMOJI_BATCH = 96  # 32 drawings of each of three styles
 EMOJI_EPOCH = 20  # steps in which a style is seen once
 
@@ -174,13 +175,13 @@ def aft_pixels(bench: Bench) -> Rounds:
 @case("the same steps behind the frozen stages in plain torch, their activations computed before",
       Goal("step", "s", "bare", 1.1))  # fmt: skip
 def pretrained_step(bench: Bench) -> Rounds:
-    """ERM step of a MobileNetV3 at 64 px whose first stages are frozen and remembered, on EmojiStyles, batch 3 x 16."""
-    backbone: dict[str, Any] = {"backbone": "mobilenet_v3_small", "batch_size": 16, "n_views": 1}
-    cut = {"weights": "none", "backbone_input_size": 64, "backbone_frozen": "stages:4"}
+    """ERM step of an EfficientNet-Lite0 (timm) at 64 px, first stages frozen and remembered, EmojiStyles, 3 x 16."""
+    backbone: dict[str, Any] = {"backbone": PRETRAINED, "batch_size": 16, "n_views": 1}
+    cut = {"weights": "none", "backbone_input_size": 64, "backbone_frozen": "stages:3"}
     n = bench.size.chunk
     with (
         _pace_engine(bench, dataset="EmojiStyles", holdout_fraction=0.9, hparams=backbone | cut) as ours,
-        bench.pace("bare:train_tail", backbone="mobilenet_v3_small", side=64, n_stages=4, batch=48) as bare,
+        bench.pace("bare:train_tail", backbone=PRETRAINED, side=64, n_stages=3, batch=48) as bare,
     ):
         ours.advance(1 if n == 1 else 40)  # until every image has come
         yield {"ours": _take_steps(ours, n), "bare": _take_steps(bare, n)}

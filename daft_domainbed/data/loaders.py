@@ -45,9 +45,9 @@ def make_eval_stream(split: Any, num_workers: int) -> Stream:
     return _make_stream(split, EVAL_BATCH_SIZE, num_workers, training=False)
 
 
-def read_split(split: Any) -> Iterator[tuple[Tensor, Tensor]]:
+def read_split(split: Any, views: Views | None = None) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the images of a split in order, in batches; augmentation draws from the global generators."""
-    fetch, _ = _make_fetch(split)
+    fetch, _ = _make_fetch(split, views)
     for start in range(0, len(split), EVAL_BATCH_SIZE):
         yield fetch([*range(start, min(start + EVAL_BATCH_SIZE, len(split)))])
 
@@ -58,16 +58,19 @@ def _make_stream(split: Any, batch_size: int, num_workers: int, views: Views | N
     is_plain = contract.is_plain_folder(data) or isinstance(getattr(data, "loader", None), CachedImages)
     if is_plain and (transform := split_transform(data.transform)):
         return _ImageStream(_Images(split, transform, views), *sizes, draws=transform.draws, **options)
-    fetch, draws = _make_fetch(split)
-    if views is None:
-        return Stream(fetch, *sizes, draws=draws, **options)
-    return Stream(lambda indices: views.fetch(split.keys, fetch, indices), *sizes, **options)
+    fetch, draws = _make_fetch(split, views)
+    return Stream(fetch, *sizes, draws=draws, **options)
 
 
-def _make_fetch(split: Any) -> tuple[Callable[[list[int]], tuple[Tensor, Tensor]], bool]:
+def _make_fetch(split: Any, views: Views | None = None) -> tuple[Callable[[list[int]], tuple[Tensor, Tensor]], bool]:
     """Return how a batch of a split is made, and whether making one may draw random numbers in a worker."""
     data = split.underlying_dataset
     keys = torch.as_tensor(split.keys, dtype=torch.int64)
+    if views is not None and hasattr(data, "draw"):
+        return lambda indices: views.fetch_drawn(keys[indices], data), True
+    if views is not None:
+        fetch, _ = _make_fetch(split)
+        return lambda indices: views.fetch(split.keys, fetch, indices), True
     if hasattr(data, "fetch"):
         return lambda indices: data.fetch(keys[indices]), False
     if type(data) is TensorDataset:  # a class derived from it may change what it serves

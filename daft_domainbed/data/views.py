@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
@@ -44,6 +44,17 @@ class Views:
                 drawn.append(draw(i))
         return drawn
 
+    def fetch_drawn(self, keys: Tensor, data: Any) -> tuple[Tensor, Tensor]:
+        """Return the same as `fetch` of a data set that tells what it draws, and computes a batch at a time.
+
+        Args:
+            keys: Of the images of the batch.
+            data: Has `draw(count)`, and `fetch(keys, draws)`.
+        """
+        draws = self.draw(keys.tolist(), lambda _: data.draw(1))
+        samples: tuple[Tensor, Tensor] = data.fetch(keys, torch.cat(draws))
+        return samples
+
     def fetch(
         self, keys: Sequence[int], fetch: Callable[[list[int]], tuple[Tensor, Tensor]], indices: list[int]
     ) -> tuple[Tensor, Tensor]:
@@ -56,6 +67,12 @@ class Views:
         """
         samples = self.draw([keys[index] for index in indices], lambda i: fetch([indices[i]]))
         return torch.cat([x for x, _ in samples]), torch.cat([y for _, y in samples])
+
+
+def make_views(hparams: Mapping[str, Any], seed: int, env: int) -> Views | None:
+    """Return the views of an environment that a run asks for; None where each time another one is drawn."""
+    count = hparams.get("n_views", 0)
+    return Views(count, seed, env) if count else None
 
 
 def _seed_generators(name: str) -> None:

@@ -87,10 +87,14 @@ class DrawingsDomain(InMemoryDomain):
         super().__init__(images, labels)
         self.augment = augment
 
-    def fetch(self, indices: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
+    def draw(self, count: int) -> Tensor:
+        """Return what `fetch` would draw for so many images."""
+        return torch.rand(count, 3)
+
+    def fetch(self, indices: Tensor, draws: Tensor | None = None) -> tuple[Tensor, Tensor]:  # noqa: D102
         images = self.images[indices]
         if self.augment:
-            images = shift_and_flip(images, torch.rand(len(indices), 3))
+            images = shift_and_flip(images, self.draw(len(indices)) if draws is None else draws)
         return _to_float(images), self.labels[indices]
 
     def raw(self, indices: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102

@@ -49,16 +49,17 @@ class FeatureMemory:
         compared = [i for i, came in enumerate(has_come) if came or self.n_new < _PATIENCE]
         wholes = dict(zip(compared, digest(pixels[compared], precision), strict=True))
 
-        features: dict[int, Tensor] = {}
+        entries: dict[int, tuple[bytes, Tensor]] = {}
         for i, whole in wholes.items():
             kept = self._kept.get(samples[i])
             if kept is not None and kept[0] == whole:
-                features[i] = kept[1]
+                entries[i] = kept
+        features = {i: entry[1] for i, entry in entries.items()}
         rows = [i for i in range(len(images)) if i not in features]
         features |= encode_in_chunks(images, rows, encode)
         for i, sample in enumerate(samples):
             self._kept.pop(sample, None)  # the latest come last
-            self._kept[sample] = (wholes[i], features[i].clone()) if i in wholes else None
+            self._kept[sample] = entries.get(i) or ((wholes[i], features[i].clone()) if i in wholes else None)
         self._forget(_ENTRY + (features[0].nbytes if features else 0))
         return torch.stack([features[i] for i in range(len(images))])
 

@@ -33,12 +33,13 @@ class CachedFrozen(Frozen):
     """Mixed into the class of a frozen module that keeps the features of images that come again."""
 
     memory: FeatureMemory | FeatureStore
+    frozen_dtype: torch.dtype | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Encode images, [B, ...], into features, [B, D], or recall what they were encoded into before."""
         encode: Callable[[Tensor], Tensor] = super().forward  # type: ignore[misc]  # of the class that it is mixed into
         # An attack needs the gradient, which no memory has.
-        return encode(x) if x.requires_grad else self.memory.recall(x, encode)
+        return encode(x) if x.requires_grad else _recall(self.memory, x, encode, self.frozen_dtype)
 
 
 class FixedStatistics:
@@ -58,14 +59,25 @@ class FrozenPrefix:
 
     prefix: Prefix
     prefix_memory: FeatureMemory | FeatureStore | None
+    frozen_dtype: torch.dtype | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Encode images, [B, ...], into features, [B, D], from activations that are kept of those that come again."""
         encode: Callable[[Tensor], Tensor] = super().forward  # type: ignore[misc]  # of the class that it is mixed into
         if x.requires_grad or self.prefix_memory is None:
             return encode(x)
-        rows = self.prefix_memory.recall(x, lambda images: self.prefix.compute(images, encode))
+        rows = _recall(self.prefix_memory, x, lambda images: self.prefix.compute(images, encode), self.frozen_dtype)
         return self.prefix.go_on(rows, x, encode)
+
+
+def _recall(
+    memory: FeatureMemory | FeatureStore, x: Tensor, encode: Callable[[Tensor], Tensor], dtype: torch.dtype | None
+) -> Tensor:
+    """Recall or encode; in fewer bits where a type is given, and back in those of the images then."""
+    if dtype is None:
+        return memory.recall(x, encode)
+    with torch.autocast(x.device.type, dtype):
+        return memory.recall(x, encode).to(x.dtype)
 
 
 def fix_statistics(module: nn.Module) -> nn.Module:
@@ -163,6 +175,13 @@ class Frost:
         for parameter in self._trained:
             parameter.requires_grad_(True)
         self.backbone.train()
+
+
+def compute_frozen_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Have all that a model remembers be computed and kept in fewer bits; what is trained computes as before."""
+    for module in model.modules():
+        if isinstance(module, CachedFrozen | FrozenPrefix):
+            module.frozen_dtype = dtype
 
 
 def share_features(model: nn.Module, folder: Path, warn: Callable[[str], None]) -> None:

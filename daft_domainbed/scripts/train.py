@@ -62,7 +62,12 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--skip_model_save", action="store_true", help="keep the records only")
     parser.add_argument("--host", default="embedded", choices=["embedded", "upstream"], help="whose parts are used")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--precision", default="fp32", choices=PRECISIONS, help="fp16 on CUDA only")
+    parser.add_argument(
+        "--precision",
+        default="fp32",
+        choices=PRECISIONS,
+        help="fp16 on CUDA only; frozen_bf16: what is frozen in bf16, all else in fp32",
+    )
     parser.add_argument("--teachers_dir", help="the store of teachers; teachers/ beside the output folder by default")
     parser.add_argument(
         "--image_cache", metavar="DIR", help="decode the images of folders once, into files that jobs share"

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from daft_domainbed.data.loaders import make_stream, read_split
-from daft_domainbed.data.views import Views
+from daft_domainbed.data.views import make_views
 from daft_domainbed.teachers.facts import RunFacts
 
 Batch = tuple[Tensor, Tensor]
@@ -21,9 +21,9 @@ def draw_minibatches(facts: RunFacts, count: int) -> Iterator[list[Batch]]:
         facts: Of the run.
         count: How many updates they are for.
     """
-    n_views, batch_size = facts.hparams.get("n_views", 0), facts.hparams["batch_size"]
+    batch_size = facts.hparams["batch_size"]
     streams = [
-        make_stream(in_, batch_size, 0, views=Views(n_views, facts.args.seed, env) if n_views else None)
+        make_stream(in_, batch_size, 0, views=make_views(facts.hparams, facts.args.seed, env))
         for env, (in_, _) in _list_training_splits(facts)
     ]
     for _ in range(count):
@@ -31,9 +31,10 @@ def draw_minibatches(facts: RunFacts, count: int) -> Iterator[list[Batch]]:
 
 
 def read_in_splits(facts: RunFacts) -> Iterator[Batch]:
-    """Yield the training images, each once."""
-    for _, (in_, _) in _list_training_splits(facts):
-        yield from (_move(batch, facts) for batch in read_split(in_))
+    """Yield the training images, each once, in one of its views."""
+    for env, (in_, _) in _list_training_splits(facts):
+        views = make_views(facts.hparams, facts.args.seed, env)
+        yield from (_move(batch, facts) for batch in read_split(in_, views))
 
 
 def read_out_splits(facts: RunFacts) -> Iterator[list[Batch]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from daft_domainbed.data.image_cache import cache_images
 from daft_domainbed.data.loaders import make_eval_stream, make_stream
 from daft_domainbed.data.splits import build_data
 from daft_domainbed.data.streams import Stream
-from daft_domainbed.data.views import Views
+from daft_domainbed.data.views import make_views
 from daft_domainbed.errors import RunError, UsageError
 from daft_domainbed.host.contract import get_algorithm_class
 from daft_domainbed.methods import list_slots
@@ -153,8 +153,7 @@ class _Run:
                     weights[id(split)] = weigh(split)
 
         def make(split: Any, env: int | None = None) -> Stream:
-            count = 0 if env is None else self.hparams.get("n_views", 0)
-            views = Views(count, self.args.seed, env) if env is not None and count else None
+            views = None if env is None else make_views(self.hparams, self.args.seed, env)
             return make_stream(split, self.hparams["batch_size"], workers, weights.get(id(split)), views)
 
         self.train_streams = [make(in_, i) for i, in_ in enumerate(data.in_splits) if i not in self.args.test_envs]
@@ -201,26 +200,27 @@ class _Run:
 
     def _build_algorithm(self) -> None:
         dataset, args = self.data.dataset, self.args
+        if drawback := find_drawback(args.precision, self.device):
+            self.log.warn(drawback)
+        self.precision = Precision(args.precision, self.device)
+        for teacher in self.facts.teachers.values():  # before a method asks them anything
+            self._prepare_model(teacher.model, teacher.hparams)
         with run_in_progress(self.facts):
             kind = get_algorithm_class(self.host, args.algorithm)
             num_domains = len(dataset) - len(args.test_envs)
             with explain_missing_hparams(args.algorithm, self.hparams):
                 self.algorithm = kind(dataset.input_shape, dataset.num_classes, num_domains, self.hparams)
         self.algorithm.to(self.device)
-        if drawback := find_drawback(args.precision, self.device):
-            self.log.warn(drawback)
-        self.precision = Precision(args.precision, self.device)
-        models = [(self.algorithm, self.hparams)]
-        models += [(teacher.model, teacher.hparams) for teacher in self.facts.teachers.values()]
-        for model, hparams in models:
-            self.precision.prepare(model, dataset.input_shape)
-            # What backbones encode that no training changed is kept for all jobs; of others every run has its own.
-            if args.feature_cache and any(value for name, value in hparams.items() if name.endswith("_frozen")):
-                share_features(model, Path(args.feature_cache), self.log.warn)
-
+        self._prepare_model(self.algorithm, self.hparams)
         self.schedule = Schedule(self.hparams.get("lr_schedule", "constant"), self.run.n_steps, self.algorithm)
         start = self.hparams.get("average_start", "never")
         self.average = None if start == "never" else WeightAverage(start, self.device)
+
+    def _prepare_model(self, model: Any, hparams: Mapping[str, Any]) -> None:
+        self.precision.prepare(model, self.data.dataset.input_shape)
+        # What backbones encode that no training changed is kept for all jobs; of others every run has its own.
+        if self.args.feature_cache and any(value for name, value in hparams.items() if name.endswith("_frozen")):
+            share_features(model, Path(self.args.feature_cache), self.log.warn)
 
     def _start(self, saved: dict[str, Any] | None) -> None:
         streams = [*self.train_streams, *self.uda_streams, *self.eval_streams.values()]

@@ -10,9 +10,10 @@ import torch
 
 from daft_domainbed.errors import UsageError
 from daft_domainbed.host.contract import USING_BACKWARD_HOOKS, USING_NUMPY
+from daft_domainbed.models.frozen import compute_frozen_in
 from daft_domainbed.training.loss_scaler import LossScaler
 
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "frozen_bf16": None}
 _SMALL_SIDE = 32
 
 
@@ -20,21 +21,26 @@ class Precision:
     """The precision that updates and evaluations compute in, whatever the algorithm.
 
     Args:
-        name: fp32, bf16 or fp16.
+        name: fp32, bf16, fp16, or frozen_bf16: what is frozen and remembered in bf16, all else in fp32.
         device: Where the arithmetic happens.
     """
 
     def __init__(self, name: str, device: torch.device) -> None:
         self.device, self.dtype = device, PRECISIONS[name]
+        self.frozen_dtype = torch.bfloat16 if name == "frozen_bf16" else None
         self.scaler = LossScaler() if name == "fp16" else None
 
     def prepare(self, model: torch.nn.Module, input_shape: Sequence[int]) -> None:
         """Lay weights out so that convolutions in fewer bits are fastest; in fp32 they stay, so that numbers do too.
 
+        What is frozen gets the precision of its own here.
+
         Args:
             model: Its convolutions' weights are laid out anew, in place.
             input_shape: (C, H, W); small images gain nothing.
         """
+        if self.frozen_dtype is not None:
+            compute_frozen_in(model, self.frozen_dtype)
         if self.dtype is not None and input_shape[-1] > _SMALL_SIDE:
             for parameter in model.parameters():
                 if parameter.dim() == 4:
@@ -81,6 +87,6 @@ def check_precision(name: str, device: torch.device, algorithm: str = "ERM") -> 
 
 def find_drawback(name: str, device: torch.device) -> str | None:
     """Return what makes a precision a bad choice on this machine, in one line, or None."""
-    if name == "bf16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return "--precision bf16: this CPU has no instructions for it, which can cost twenty times the time of fp32"
+    if "bf16" in name and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return f"--precision {name}: this CPU has no instructions for it, which can cost twenty times the time of fp32"
     return None

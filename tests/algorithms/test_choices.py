@@ -18,11 +18,13 @@ from torch import Tensor
 from daft_domainbed.algorithms.aft import RADII
 from daft_domainbed.arguments import SweepArgs
 from daft_domainbed.data.loaders import make_stream
+from daft_domainbed.embedded.domains import DrawingsDomain
 from daft_domainbed.errors import UsageError
 from daft_domainbed.launch.plan import make_plan
 from daft_domainbed.models.weights import load
 from daft_domainbed.runtime import stopping
 from daft_domainbed.runtime.randomness import seed_everything
+from daft_domainbed.teachers.samples import draw_minibatches, read_in_splits
 from daft_domainbed.testing.workbench import stop_after
 from tests.algorithms.conftest import SEED, TEST_ENV
 
@@ -74,6 +76,17 @@ def make_grid(aft: Any, bench: Any, steps: int) -> dict[float, float]:
             logits = [(head(teacher.featurizer(x)), y) for x, y in whole]
             losses[radius] = sum(F.cross_entropy(*pair).item() for pair in logits) / len(logits)
     return losses
+
+
+class MovedSplit:
+    """A split whose images are augmented."""
+
+    def __init__(self, split: Any) -> None:
+        self.keys, data = split.keys, split.underlying_dataset
+        self.underlying_dataset = DrawingsDomain(data.images, data.labels, augment=True)
+
+    def __len__(self) -> int:
+        return len(self.keys)
 
 
 class TestValidatedRadius:
@@ -149,6 +162,14 @@ class TestMatchedConfidence:
         log_p, log_q = (teacher / tau).log_softmax(1), (student / tau).log_softmax(1)
         expected = tau**2 * (log_p.exp() * (log_p - log_q)).sum(1).mean()
         assert kd.update(batches)["kd_loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+    def test_it_looks_at_the_views_that_are_trained_on(self, bench: Any) -> None:
+        facts = bench.get_facts("KD", {"n_views": 1, "batch_size": 16})
+        splits = [(MovedSplit(in_), out) if i != TEST_ENV else (in_, out) for i, (in_, out) in enumerate(bench.splits)]
+        facts = replace(facts, splits=splits)
+        looked_at = {row.numpy().tobytes() for x, _ in read_in_splits(facts) for row in x}
+        trained_on = {row.numpy().tobytes() for batches in draw_minibatches(facts, 2) for x, _ in batches for row in x}
+        assert trained_on < looked_at
 
     def test_without_it_nothing_is_asked_of_the_teacher_that_is_not_there(self, bench: Any) -> None:
         kd = bench.make("KD")

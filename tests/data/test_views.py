@@ -15,6 +15,7 @@ from daft_domainbed.data import views as views_module
 from daft_domainbed.data.loaders import make_stream
 from daft_domainbed.data.splits import build_data
 from daft_domainbed.data.views import Views
+from daft_domainbed.embedded.domains import DrawingsDomain, shift_and_flip
 from daft_domainbed.host.contract import find_host
 from daft_domainbed.models.weights import load
 from daft_domainbed.plugin.registration import register
@@ -78,6 +79,26 @@ def test_more_views_than_steps_are_endless_views_drawn_alike(monkeypatch: pytest
     seed_everything(0)
     stream = make_stream(Split(), 2, 0, views=Endless())
     assert all(torch.equal(next(stream)[0], batch) for batch in many)
+
+
+def test_drawings_are_shifted_a_batch_at_a_time_as_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Drawings(Split):
+        underlying_dataset = DrawingsDomain(torch.randint(256, (9, 3, 8, 8), dtype=torch.uint8), torch.arange(9), True)
+
+    def read() -> list[Tensor]:
+        seed_everything(0)
+        stream = make_stream(Drawings(), 3, 2, views=Views(4, 0, 0))
+        return [part for _ in range(5) for part in next(stream)]
+
+    batches = read()
+    monkeypatch.delattr(DrawingsDomain, "draw")
+    monkeypatch.setattr(DrawingsDomain, "fetch", fetch_one_by_one)
+    assert all(torch.equal(one, other) for one, other in zip(batches, read(), strict=True))
+
+
+def fetch_one_by_one(domain: DrawingsDomain, indices: Tensor) -> tuple[Tensor, Tensor]:
+    drawings = [shift_and_flip(domain.images[i : i + 1], torch.rand(1, 3)) for i in indices.tolist()]
+    return torch.cat(drawings) / 255, domain.labels[indices]
 
 
 def test_views_depend_on_the_seed_and_on_the_environment() -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from daft_domainbed.errors import UsageError
 from daft_domainbed.models.backbones import build_backbone, freeze_backbone, freeze_part
-from daft_domainbed.models.frozen import FrozenPrefix, fix_statistics, share_features
+from daft_domainbed.models.frozen import FrozenPrefix, compute_frozen_in, fix_statistics, share_features
 from daft_domainbed.models.stages import Prefix
 
 SHAPE = (3, 32, 32)
@@ -108,6 +108,24 @@ def test_half_precision_is_remembered_as_it_was_computed() -> None:
         assert torch.equal(frozen(x), first)
     (_, row), *_ = frozen.prefix_memory._kept.values()
     assert row.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("part", ["stages:2", True])
+def test_what_is_frozen_computes_in_fewer_bits_alone(part: str | bool) -> None:
+    backbone = build("resnet18").eval()
+    plain, frozen = copy.deepcopy(backbone), freeze_part(backbone, part, SHAPE)
+    compute_frozen_in(frozen, torch.bfloat16)
+    x = torch.randn(2, *SHAPE)
+    features, expected = frozen(x), plain(x)
+    assert torch.equal(frozen(x), features)
+    assert features.dtype == torch.float32
+    memory = frozen.memory if part is True else frozen.prefix_memory
+    assert {row.dtype for _, row in memory._kept.values()} == {torch.bfloat16}
+    assert 1e-5 < (features - expected).norm() / expected.norm() < 2e-2  # eight bits of each number
+    if part is not True:
+        features.sum().backward()
+        trained = [parameter.grad for parameter in frozen.parameters() if parameter.grad is not None]
+        assert {gradient.dtype for gradient in trained} == {torch.float32}
 
 
 def test_freezing_all_of_it_remembers_features_alone() -> None:
