@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from daft_domainbed.cli import ArgumentParser, fraction, non_negative_int, positive_int, run_command
 
-PRECISIONS = ("fp32", "bf16", "fp16")
+PRECISIONS = ("fp32", "bf16", "fp16", "frozen_bf16")
 
 
 def build_parser() -> argparse.ArgumentParser:
