@@ -71,10 +71,15 @@ setup(
             "torchmetrics>=1.4",
             "open_clip_torch>=2.30",
             "scikit-learn>=1.3",
+            "onnx>=1.16",
+            "onnxruntime>=1.18",
+            "onnxscript>=0.2",
         ],
         "dev": ["ruff>=0.9", "mypy>=1.11", "types-PyYAML"],
         # AutoAttack, for evaluate --suite full: docs/robustness.md.
         "eval": ["pyautoattack>=0.2"],
+        # ONNX, for export: docs/using_a_model.md.
+        "export": ["onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.2"],
         # Launchers of sweeps: docs/sweeps.md.
         "slurm": ["submitit>=1.5"],
         "ray": ["ray>=2.40"],

@@ -12,10 +12,15 @@ from torch.utils.data import TensorDataset
 from daft_domainbed.errors import UsageError, suggest
 
 
+def find_class_names(dataset: Any) -> list[str] | None:
+    """Return the names of a data set's classes, in the order of its labels; None where nothing names them."""
+    names = getattr(dataset, "CLASSES", None) or getattr(dataset[0], "classes", None)
+    return list(map(str, names)) if isinstance(names, (list, tuple)) else None
+
+
 def list_classes(dataset: Any) -> list[str]:
     """Return the names of a data set's classes, in the order of its labels: their numbers where nothing names them."""
-    names = getattr(dataset, "CLASSES", None) or getattr(dataset[0], "classes", None)
-    return list(map(str, names if isinstance(names, (list, tuple)) else range(dataset.num_classes)))
+    return find_class_names(dataset) or list(map(str, range(dataset.num_classes)))
 
 
 def leave_out(dataset: Any, names: Iterable[str]) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +175,7 @@ def _describe_run(sweep: Sweep, run: Run, number: int) -> dict[str, Any]:
         "key": run.key,
         "is_teacher": sweep.teachers.get(Path(run.folder).name) is run,
         "held_out": ", ".join(names[env] for env in run.key.test_envs),
-        "command": write_command(run),
+        "command": write_command(run.args),
         "hparams": [(name, json.dumps(value)) for name, value in read_hparams(sweep, run).items()],
         "teachers": [_describe_teacher(teacher, run) for teacher in trace_teachers(sweep, run)],
         "seconds": _write_duration(run.seconds),
@@ -195,17 +196,17 @@ def _describe_teacher(teacher: TracedTeacher, run: Run) -> dict[str, Any]:
     }
 
 
-def write_command(run: Run) -> str:
+def write_command(args: Mapping[str, Any]) -> str:
     """Write the command that trains a run, from its recorded arguments.
 
     A run that this package's engine recorded is trained by its own command, any other by DomainBed's script.
     """
     first = ["dataset", "algorithm", "test_envs", "trial_seed", "hparams_seed"]
-    names = first + sorted(run.args.keys() - {*first})
-    program = "daft-domainbed train" if "host" in run.args else "python -m domainbed.scripts.train"
+    names = first + sorted(args.keys() - {*first})
+    program = "daft-domainbed train" if "host" in args else "python -m domainbed.scripts.train"
     words = program.split()
     for name in names:
-        value = run.args[name]
+        value = args[name]
         if value is True:
             words.append(f"--{name}")
         elif isinstance(value, list):

@@ -13,6 +13,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from daft_domainbed.data.left_out import find_class_names
 from daft_domainbed.models import weights
 from daft_domainbed.runtime import files, randomness
 from daft_domainbed.runtime.layout import (
@@ -173,6 +174,7 @@ class Recorder:
             "model_num_domains": len(self.dataset) - len(self.run.args.test_envs),
             "model_hparams": dict(self.facts.hparams),
             "model_dict": algorithm.state_dict() if state is None else dict(state),
+            "class_names": find_class_names(self.dataset),
             "provenance": self.facts.provenance,
             "step": progress.step - 1,
         }

@@ -89,12 +89,12 @@ def test_what_it_shows(full_sweep):
 def test_the_command_behind_each_number(full_sweep):
     html, _ = report_on(full_sweep.root)
     runs = [run for run in read_sweep(full_sweep.root).runs if run.key.algorithm == "DAFT"]
-    words = shlex.split(write_command(runs[0]))
+    words = shlex.split(write_command(runs[0].args))
     assert words[:8] == ["daft-domainbed", "train", "--dataset", "Toy", "--algorithm", "DAFT", "--test_envs", "0"]
     assert words[words.index("--steps") + 1] == "11"
     assert not {"--hparams", "--skip_model_save", "--data_dir"} & set(words)  # null, false, null
     for run in runs:
-        assert write_command(run) in html
+        assert write_command(run.args) in html
 
 
 def test_commands_of_awkward_arguments(sweep):
@@ -102,7 +102,7 @@ def test_commands_of_awkward_arguments(sweep):
     args = sweep.make_args("ERM", [0, 2], "a", data_dir="/my data/it's", skip_model_save=True, hparams=hparams)
     sweep.write_run("a", args, ONE)
     (run,) = read_sweep(sweep.root).runs
-    words = shlex.split(write_command(run))
+    words = shlex.split(write_command(run.args))
     assert words[words.index("--data_dir") + 1] == "/my data/it's"
     assert words[words.index("--hparams") + 1] == hparams
     assert words[words.index("--test_envs") + 1 :][:2] == ["0", "2"]
@@ -116,7 +116,7 @@ def test_a_run_of_domainbeds_own_loop_has_its_own_command(sweep):
     del record["args"]["host"]
     path.write_text(json.dumps(record) + "\n")
     (run,) = read_sweep(sweep.root).runs
-    assert write_command(run).startswith("python -m domainbed.scripts.train --dataset Toy --algorithm ERM")
+    assert write_command(run.args).startswith("python -m domainbed.scripts.train --dataset Toy --algorithm ERM")
 
 
 def test_hostile_names_are_escaped(make_sweep, tmp_path):

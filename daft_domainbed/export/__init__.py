@@ -1,0 +1,1 @@
+"""A trained model, to be used and to be given away."""
