@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from daft_domainbed.data.outside import OutsideStream
+from daft_domainbed.errors import RunError
 from daft_domainbed.evaluation.confidence import measure_auroc, measure_reliability
 from daft_domainbed.evaluation.fidelity import (
     measure_agreement,
@@ -30,13 +31,13 @@ from daft_domainbed.evaluation.fidelity import (
 )
 from daft_domainbed.evaluation.robustness import Threat, find_lost_restarts
 from daft_domainbed.evaluation.square import find_square_lost
-from daft_domainbed.evaluation.subject import PixelModel, Subject, load_subject
+from daft_domainbed.evaluation.subject import Subject, load_subject
 from daft_domainbed.functional.attacks import Norm
 from daft_domainbed.functional.input_spec import INPUT_SPECS
 from daft_domainbed.functional.out_distribution import raise_confidence
 from daft_domainbed.functional.similarity import vote_by_neighbours
-from daft_domainbed.methods import PLAIN
-from daft_domainbed.models.tokens import has_tokens
+from daft_domainbed.host.checkpoints import build_model, load_checkpoint
+from daft_domainbed.models.frozen import share_features
 from daft_domainbed.runtime.files import write_text
 from daft_domainbed.runtime.layout import (
     BEST_CHECKPOINT_FILE,
@@ -45,22 +46,24 @@ from daft_domainbed.runtime.layout import (
     RECORDS_FILE,
     read_first_record,
 )
+from daft_domainbed.teachers.teacher import freeze_all
 
 MEASURES_FILE = "measures.json"
 BATCH, ATTACKED = 256, 1024  # images at a time
 EPS: dict[Norm, float] = {"linf": 8 / 255, "l2": 0.5}
+MOST = 200  # images that the dear attacks are shown, drawn by seed 0
 QUERIES = 500
-OUTSIDE = 512  # images of each set
-OUTSIDE_STEPS = 50
-RADII = (0.5, 1.0)  # L2 radii around outside images
+OUTSIDE, OUTSIDE_STEPS = 256, 20  # images of each set, and steps of the attack on them
+RADII = (0.5, 1.0)  # in L2 around outside images
 
 # Norm, steps, restarts.
 ATTACKS: dict[str, tuple[Norm, int, int]] = {
     "linf_pgd20": ("linf", 20, 1),
+    "l2_pgd20": ("l2", 20, 1),
     "linf_pgd50x5": ("linf", 50, 5),
     "l2_pgd50x3": ("l2", 50, 3),
 }
-TEACHERS_OF_TINTEM = Path("runs/related/tintem/sne/teachers")  # probes on the network that all its arms learn from
+PROBES = Path("runs/related/tintem/sne/teachers")  # on the network that all of TinTeM's arms learn from
 
 
 def measure(folder: Path, study: str, device: str = "cpu") -> dict[str, Any]:
@@ -122,16 +125,22 @@ def attack(subject: Subject, x: Tensor, y: Tensor, norm: Norm, steps: int, resta
 
 
 def ask_attacks(subject: Subject, x: Tensor, y: Tensor) -> dict[str, Any]:
-    """Return how many of each class withstand each attack, and all of them together."""
-    stands = {name: attack(subject, x, y, *how) for name, how in ATTACKS.items()}
+    """Return how many of each class of some images withstand attacks that training does not know, or not so strong."""
+    chosen = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))[:MOST].to(y.device)
+    x, y = x[chosen], y[chosen]
+    stands = {name: attack(subject, x, y, *ATTACKS[name]) for name in ("linf_pgd50x5", "l2_pgd50x3")}
     generator = torch.Generator().manual_seed(0)
-    parts = zip(x.split(ATTACKED), y.split(ATTACKED), strict=True)
-    lost = [
-        find_square_lost(subject.model, x, y, Threat("linf"), eps=EPS["linf"], queries=QUERIES, generator=generator)
-        for x, y in parts
-    ]
-    stands["linf_square"] = ~torch.cat(lost)
-    return {name: count(stand, y, subject.n_classes) for name, stand in stands.items()}
+    stands["linf_square"] = ~find_square_lost(
+        subject.model, x, y, Threat("linf"), eps=EPS["linf"], queries=QUERIES, generator=generator
+    )
+    return {name: count(stand, y, subject.n_classes) for name, stand in stands.items()} | {
+        "n_attacked": count(torch.ones_like(y, dtype=torch.bool), y, subject.n_classes)
+    }
+
+
+def ask_pgd(subject: Subject, x: Tensor, y: Tensor) -> dict[str, Any]:
+    """Return how many of each class withstand PGD of 20 steps, of all images."""
+    return {"linf_pgd20": count(attack(subject, x, y, *ATTACKS["linf_pgd20"]), y, subject.n_classes)}
 
 
 def ask_lambdas(subject: Subject, x: Tensor, y: Tensor) -> dict[str, Any]:
@@ -169,10 +178,8 @@ def ask_outside(subject: Subject, x: Tensor, y: Tensor) -> dict[str, Any]:
             radius: {"auroc": measure_auroc(own, score), "confidence": score.mean().item()}
             for radius, score in confidences.items()
         }
-    stands = {name: attack(subject, x, y, *ATTACKS[name]) for name in ("linf_pgd20", "l2_pgd50x3")}
-    return {"outside": outside, "confidence": own.mean().item()} | {
-        name: count(stand, y, subject.n_classes) for name, stand in stands.items()
-    }
+    stand = attack(subject, x, y, *ATTACKS["l2_pgd20"])
+    return {"outside": outside, "confidence": own.mean().item(), "l2_pgd20": count(stand, y, subject.n_classes)}
 
 
 def draw_outside(name: str, shape: tuple[int, ...]) -> Tensor:
@@ -183,56 +190,63 @@ def draw_outside(name: str, shape: tuple[int, ...]) -> Tensor:
     return OutsideStream(name, shape, INPUT_SPECS["unit"], seed=1).draw(OUTSIDE)
 
 
+@torch.no_grad()
 def ask_teacher(subject: Subject, x: Tensor, y: Tensor) -> dict[str, Any]:
     """Return how faithful a student is to the probe on the teacher's network, and what its neighbours answer."""
-    if subject.algorithm == PLAIN:
-        return {}
-    values: dict[str, Any] = {"knn": ask_neighbours(subject, x, y)}
-    for folder in sorted(TEACHERS_OF_TINTEM.glob("*")):
-        args = read_first_record(folder).get("args", {})
-        if (folder / DONE_FILE).is_file() and [args["trial_seed"], args["test_envs"]] == [
-            subject.run.trial_seed,
-            subject.held_out,
-        ]:
-            teacher = load_subject(folder / CHECKPOINT_FILE, "teacher", device=subject.model.device).model
-            own, theirs = encode(subject.model, x), encode(teacher, x)
-            answers, beliefs = ask(subject.model, x), ask(teacher, x)
-            values["fidelity"] = {
-                "agreement": measure_agreement(answers, beliefs),
-                "kl": measure_kl(answers, beliefs),
-                "cka": measure_cka(own, theirs),
-                "cosines": measure_cosine_correlation(own, theirs),
-            }
-            values["teacher_clean"] = count(beliefs.argmax(1) == y, y, subject.n_classes)
-    return values
+    teacher = find_probe(subject)
+    own, theirs = encode(subject.model.algorithm.featurizer, x), encode(teacher.featurizer, x)
+    answers, beliefs = ask(subject.model, x), ask(teacher.predict, x)
+    fidelity = {
+        "agreement": measure_agreement(answers, beliefs),
+        "kl": measure_kl(answers, beliefs),
+        "cka": measure_cka(own, theirs),
+        "cosines": measure_cosine_correlation(own, theirs),
+    }
+    right = count(beliefs.argmax(1) == y, y, subject.n_classes)
+    return {"knn": ask_neighbours(subject, x, y), "fidelity": fidelity, "teacher_clean": right}
+
+
+def find_probe(subject: Subject) -> Any:
+    """Return the linear probe of the same trial and held-out domain, whose frozen network's features are stored."""
+    wanted = [subject.run.trial_seed, subject.held_out]
+    for done in sorted(PROBES.glob(f"*/{DONE_FILE}")):
+        args = read_first_record(done.parent)["args"]
+        if [args["trial_seed"], args["test_envs"]] == wanted:
+            path = done.parent / CHECKPOINT_FILE
+            teacher = build_model(load_checkpoint(path), path, subject.host)
+            freeze_all(teacher)
+            teacher.to(subject.model.device)
+            share_features(teacher, Path(args["feature_cache"]), print)
+            return teacher
+    raise RunError(f"no probe in {PROBES} of trial and domain {wanted}: run sweeps/related/tintem/sweep.yaml first")
 
 
 @torch.no_grad()
-def encode(model: PixelModel, x: Tensor) -> Tensor:
-    """Return features, [N, D]; pooled ones after a layer norm, as TinTeM compares them."""
-    features = torch.cat([part for batch in x.split(BATCH) if (part := model.encode(batch)) is not None])
-    return features if has_tokens(model.algorithm.featurizer) else F.layer_norm(features, features.shape[1:])
+def encode(featurizer: Any, x: Tensor) -> Tensor:
+    """Return features, [N, D], after a layer norm, as TinTeM compares pooled ones."""
+    features = torch.cat([featurizer(batch) for batch in x.split(BATCH)])
+    return F.layer_norm(features, features.shape[1:])
 
 
 def ask_neighbours(subject: Subject, x: Tensor, y: Tensor) -> float:
     """Return how often the nearest images of the training domains' in-splits name an image's class."""
-    bank = []
+    bank, featurizer = [], subject.model.algorithm.featurizer
     for i, name in enumerate(subject.environments):
         if i not in subject.held_out:
             positions = sorted(int(key) for key in subject.data.in_splits[i].keys)
             pixels, labels = subject.load(name, positions)
-            bank.append((encode(subject.model, pixels), labels))
+            bank.append((encode(featurizer, pixels), labels))
     features, labels = (torch.cat(parts) for parts in zip(*bank, strict=True))
-    votes = vote_by_neighbours(encode(subject.model, x), features, labels, subject.n_classes)
+    votes = vote_by_neighbours(encode(featurizer, x), features, labels, subject.n_classes)
     return (votes.argmax(1) == y).float().mean().item()
 
 
 Question = Callable[[Subject, Tensor, Tensor], dict[str, Any]]
 QUESTIONS: dict[str, tuple[Question, ...]] = {
-    "at": (ask_attacks,),
-    "bmtard": (ask_attacks,),
-    "faal": (ask_attacks,),
-    "adt": (ask_attacks,),
+    "at": (ask_pgd, ask_attacks),
+    "bmtard": (ask_pgd,),
+    "faal": (ask_pgd,),
+    "adt": (ask_pgd, ask_attacks),
     "oat": (ask_lambdas,),
     "ratio": (ask_outside,),
     "tintem": (ask_teacher,),

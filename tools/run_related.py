@@ -30,7 +30,7 @@ from daft_domainbed.launch.sweep import collect_sweep_args
 from daft_domainbed.launch.work import do_job
 from daft_domainbed.methods import STUDENT
 from daft_domainbed.scripts.sweep import read_config
-from tools.measure_related import TEACHERS_OF_TINTEM, measure
+from tools.measure_related import PROBES, measure
 
 N_ENVIRONMENTS = 4
 
@@ -67,7 +67,7 @@ def plan(groups: Sequence[Sequence[Path]], device: str) -> list[Task]:
         device: What all compute on.
     """
     tasks: dict[Path, Task] = {}
-    students: dict[tuple[Path, int, int], Path] = {}
+    students: dict[tuple[Path, int, int], set[Path]] = {}
     for group, files in enumerate(groups):
         for place, file in enumerate(files):
             given = read_config(file, "launch")
@@ -75,15 +75,14 @@ def plan(groups: Sequence[Sequence[Path]], device: str) -> list[Task]:
             jobs = make_plan(sweep)
             write_plan(sweep, jobs)
             root = Path(sweep.output_dir)
-            named = parse_json(sweep.hparams).get("teacher", "auto")
+            named = [Path(value) for value in parse_json(sweep.hparams).values() if str(value).startswith("runs/")]
             for job in jobs:
                 args = job.args
                 key = (args.trial_seed, args.test_envs[0])
                 needs = [(root / need).resolve() for need in job.needs]
                 if job.stage == STUDENT:
-                    students[(root.resolve(), *key)] = (root / job.folder).resolve()
-                    stores = [Path(named)] * (named != "auto") + [TEACHERS_OF_TINTEM] * (file.parent.name == "tintem")
-                    for store in stores:
+                    students.setdefault((root.resolve(), *key), set()).add((root / job.folder).resolve())
+                    for store in [*named, *([PROBES] if file.parent.name == "tintem" else [])]:
                         needs += _find_named(store.resolve(), key, students, tasks)
                 turn = (args.test_envs[0] - args.trial_seed) % N_ENVIRONMENTS
                 order = (group, turn, args.trial_seed, place)
@@ -94,11 +93,10 @@ def plan(groups: Sequence[Sequence[Path]], device: str) -> list[Task]:
 
 
 def _find_named(
-    where: Path, key: tuple[int, int], students: dict[tuple[Path, int, int], Path], tasks: dict[Path, Task]
+    where: Path, key: tuple[int, int], students: dict[tuple[Path, int, int], set[Path]], tasks: dict[Path, Task]
 ) -> Iterator[Path]:
     """Yield the runs of another sweep, or of its store of teachers, that a run may take its teacher from."""
-    if (where, *key) in students:
-        yield students[(where, *key)]
+    yield from students.get((where, *key), ())
     for folder, task in tasks.items():
         if folder.parent == where and (task.job.args.trial_seed, task.job.args.test_envs[0]) == key:
             yield folder
@@ -117,7 +115,7 @@ def work(connection: Connection) -> None:
         outcome = do_job(task.root, task.job, threads=1)
         trained = time.monotonic()
         trouble = outcome.reason
-        if outcome.kind == "done":
+        if outcome.kind == "done" and (task.job.stage == STUDENT or task.sweep.startswith("carot")):
             try:
                 measure(task.folder, task.sweep, task.job.args.device)
             except Exception as error:  # the run is worth keeping, and can be measured again

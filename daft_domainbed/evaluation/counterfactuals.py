@@ -11,6 +11,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from daft_domainbed.data.left_out import list_classes
+from daft_domainbed.errors import UsageError
+from daft_domainbed.evaluation.subject import Subject
 from daft_domainbed.functional.attacks import run_pgd
 from daft_domainbed.functional.input_spec import INPUT_SPECS
 from daft_domainbed.runtime.files import writing_atomically
@@ -19,8 +22,27 @@ Model = Callable[[Tensor], Tensor]
 
 RADII = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0)  # RATIO's, for 32 x 32 pixels
 STEPS = 20  # of the attack, from one radius to the next
+N_IMAGES = 4  # of each held-out domain
 
 _CELL, _LINE, _MARGIN = 96, 14, 80  # an image's side, a line of text, the column of names: in pixels
+
+
+def draw_held_out(subject: Subject, folder: Path, seed: int) -> list[Path]:
+    """Draw counterfactuals of a few images of each held-out domain, into a folder of the domain's name.
+
+    Raises:
+        UsageError: The images are noise, whose values have no bounds, or the folder cannot be made.
+    """
+    if not subject.has_box:
+        raise UsageError(f"--counterfactuals: the images of {subject.dataset} are noise, of which there is no picture")
+    names, chosen, paths = list_classes(subject.data.dataset), subject.choose(N_IMAGES, seed), []
+    for env in (subject.environments[i] for i in subject.held_out):
+        pixels, _ = subject.load(env, chosen[env])
+        try:
+            paths += counterfactuals(subject.model, pixels, names, folder / env)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise UsageError(f"--counterfactuals {folder} is a file, not a folder: choose another") from error
+    return paths
 
 
 def counterfactuals(

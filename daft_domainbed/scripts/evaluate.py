@@ -7,6 +7,7 @@ Example:
     daft-domainbed evaluate runs/daft/model.pkl
     daft-domainbed evaluate runs/erm/model.pkl runs/daft/model.pkl --suite standard --output_dir runs/judged
     daft-domainbed evaluate runs/daft/model.pkl --norm linf --eps 8/255 --ood noise folder:textures --format json
+    daft-domainbed evaluate runs/ratio/model.pkl --counterfactuals pictures
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import json
 import math
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from pathlib import Path
+from typing import Any
 
 from daft_domainbed.cli import ArgumentParser, non_negative_int, run_command
 from daft_domainbed.errors import UsageError
@@ -33,6 +36,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=non_negative_int, default=0, help="seeds the choice of examples and all draws")
     parser.add_argument("--data_dir", help="where the data lie now, if not where they lay in training")
     add_asked_flags(parser)
+    parser.add_argument(
+        "--counterfactuals", metavar="DIR", help="draw there what makes the model see each class in held-out images"
+    )
     parser.add_argument("--host", choices=["embedded", "upstream"], help="whose parts are used; the checkpoint's own")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--format", choices=["text", "json"], default="text", help="default: text")
@@ -68,7 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = vars(build_parser().parse_args(argv))
     if not args["checkpoints"]:
         raise UsageError("no checkpoint: name a model.pkl, or several")
-    form = args.pop("format")
+    form, pictures = args.pop("format"), args.pop("counterfactuals")
+    if pictures is not None and len(args["checkpoints"]) > 1:
+        raise UsageError(f"--counterfactuals {pictures} draws one model: name one checkpoint")
 
     from daft_domainbed.evaluation.card import format_card
     from daft_domainbed.evaluation.evaluate import EvaluateArgs, evaluate
@@ -76,11 +84,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     with stopping.listening(signal.SIGINT, signal.SIGTERM):
         models = evaluate(EvaluateArgs(**args))
+        if pictures is not None:
+            draw_pictures(args, Path(pictures))
     if form == "json":
         print(json.dumps({"schema": 1, "models": models}, indent=1))
     else:
         print("\n".join(format_card(model) for model in models))
     return 0
+
+
+def draw_pictures(args: Mapping[str, Any], folder: Path) -> None:
+    """Draw counterfactual images of the checkpoint."""
+    from daft_domainbed.evaluation.counterfactuals import draw_held_out
+    from daft_domainbed.evaluation.subject import load_subject
+    from daft_domainbed.runtime.machine import find_device
+
+    (path,), device = args["checkpoints"], find_device(args["device"])
+    subject = load_subject(Path(path), "model", device=device, data_dir=args["data_dir"], host=args["host"])
+    paths = draw_held_out(subject, folder, args["seed"])
+    print(f"{len(paths)} pictures in {folder}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +11,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from daft_domainbed.evaluation.counterfactuals import counterfactuals, follow_paths
+from daft_domainbed.cli import run_command
+from daft_domainbed.errors import UsageError
+from daft_domainbed.evaluation.counterfactuals import counterfactuals, draw_held_out, follow_paths
+from daft_domainbed.evaluation.subject import load_subject
+from daft_domainbed.evaluation.suites import SUITES
 from daft_domainbed.functional.attacks import get_norms
 
 N_CLASSES = 3
@@ -55,3 +61,29 @@ def test_a_picture_shows_a_row_a_class(tmp_path: Path, channels: int) -> None:
     expected = (255 * pixels[0]).round().byte().permute(1, 2, 0).numpy()
     shown = original if channels > 1 else original[..., :1]
     np.testing.assert_array_equal(shown[..., :channels], expected)
+
+
+def test_evaluate_draws_them(
+    tiny: Any, image_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in (("n_examples", 2), ("pgd_steps", 1), ("restarts", 1)):
+        monkeypatch.setitem(SUITES, "quick", replace(SUITES["quick"], **{name: value}))
+    monkeypatch.setattr("daft_domainbed.evaluation.tasks.CURVE_STEPS", 1)
+    hparams = {"input_size": 16, "batch_size": 4, "backbone": "resnet8_w4"}
+    path = tiny.train("run", hparams, algorithm="ERM", dataset=f"folder:{image_folder}", steps=1) / "model.pkl"
+    folder = image_folder.parent / "drawn"
+    argv = [str(path), "--device", "cpu", "--norm", "linf", "--counterfactuals", str(folder)]
+    assert run_command("evaluate", argv) == 0
+    assert capfd.readouterr().err.splitlines()[-1] == f"4 pictures in {folder}"
+    assert sorted(file.name for file in (folder / "a").iterdir()) == ["0.png", "1.png", "2.png", "3.png"]
+    with Image.open(folder / "a" / "0.png") as picture:
+        assert picture.height == 14 + 2 * (96 + 28)  # a row a class
+
+    assert run_command("evaluate", [str(path), *argv]) == 2
+    assert f"--counterfactuals {folder} draws one model" in capfd.readouterr().err
+
+
+def test_noise_is_not_drawn(teachers: dict[str, Path], tmp_path: Path) -> None:
+    subject = load_subject(teachers["ERM"], "erm", device=torch.device("cpu"))
+    with pytest.raises(UsageError, match="the images of Debug28 are noise"):
+        draw_held_out(subject, tmp_path, 0)
