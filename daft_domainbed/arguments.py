@@ -59,7 +59,11 @@ class TrainArgs(SharedArgs):
 
 @dataclass(frozen=True)
 class SweepArgs(SharedArgs):
-    """The arguments of a sweep: DomainBed's sweep flags, and those that every run of it shares."""
+    """The arguments of a sweep: DomainBed's sweep flags, and those that every run of it shares.
+
+    Attributes:
+        chosen: Settings that another sweep chose, and which (`launch/rerun.py`); the students have them.
+    """
 
     datasets: list[str]
     algorithms: list[str]
@@ -71,6 +75,7 @@ class SweepArgs(SharedArgs):
     seed: int = 0
     single_test_envs: bool = False
     threads: int = 1
+    chosen: dict[str, Any] | None = None
 
 
 # Where a run or a sweep lies, where its data and teachers lie (what they hold is verified) and on what it runs may
@@ -124,7 +129,7 @@ def list_differences(stored: Mapping[str, Any], args: SharedArgs, *, ignored: tu
         if item.name not in (*MOVABLE, *ignored)
     }
     return [
-        f"{name} is {there} there and {here} here"
+        "other settings were chosen" if name == "chosen" else f"{name} is {there} there and {here} here"
         for name, (there, here) in pairs.items()
         if _normalise(name, there) != _normalise(name, here)
     ]
@@ -133,6 +138,8 @@ def list_differences(stored: Mapping[str, Any], args: SharedArgs, *, ignored: tu
 def _normalise(name: str, value: Any) -> Any:
     if name == "dataset" and isinstance(value, str):
         return name_dataset(value)
+    if name == "chosen" and isinstance(value, dict):
+        return value["settings"]  # the sweep that they come from may have moved
     return parse_json(value) if name == "hparams" else value
 
 

@@ -208,6 +208,18 @@ def parse_json(text: str | None) -> dict[str, Any]:
     return value
 
 
+def split_hparams(user: Mapping[str, Any], algorithm: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what `--hparams` says to a run and its teachers alike, and what it says to the run of an algorithm alone.
+
+    Example:
+        >>> split_hparams({"batch_size": 16, "KD": {"lr": 0.01}, "ERM": {"lr": 0.1}}, "KD")
+        ({'batch_size': 16}, {'lr': 0.01})
+    """
+    shared = {name: value for name, value in user.items() if not isinstance(value, dict)}
+    own = user.get(algorithm)
+    return shared, dict(own) if isinstance(own, dict) else {}
+
+
 def check_names(
     user: Iterable[str], known: Iterable[str], algorithms: Iterable[str], list_owners: Callable[[str], list[str]]
 ) -> None:

@@ -12,10 +12,10 @@ from typing import Any
 from daft_domainbed.arguments import SharedArgs, SweepArgs, TrainArgs, get_identity
 from daft_domainbed.errors import UsageError
 from daft_domainbed.host.contract import DatasetFacts, Host, describe_dataset, find_host, get_algorithm_class
-from daft_domainbed.hparams import parse_json
+from daft_domainbed.hparams import parse_json, split_hparams
 from daft_domainbed.launch.job import Job, group_by_depth
 from daft_domainbed.methods import STUDENT, list_stages, name_stage
-from daft_domainbed.plugin.defaults import check_user_hparams, get_known_hparams
+from daft_domainbed.plugin.defaults import check_own_hparams, check_user_hparams, get_known_hparams
 from daft_domainbed.plugin.registration import list_sources, register
 from daft_domainbed.runtime.layout import TEACHERS_FOLDER
 from daft_domainbed.teachers.plan import list_slots_to_make, plan_teacher
@@ -37,17 +37,19 @@ def make_plan(sweep: SweepArgs) -> list[Job]:
     for algorithm in sweep.algorithms:
         get_algorithm_class(host, algorithm)
     datasets = [describe_dataset(host, name, user) for name in sweep.datasets]
-    stages = list(dict.fromkeys(stage for algorithm in sweep.algorithms for stage in list_stages(algorithm, user)))
+    shared = split_hparams(user, "")[0]
+    stages = dict.fromkeys(stage for algorithm in sweep.algorithms for stage in _list_stages(algorithm, user))
     for dataset in datasets:
-        check_user_hparams(host, user, stages, dataset, asked=sweep.algorithms)
+        check_user_hparams(host, shared, list(stages), dataset, asked=sweep.algorithms)
+        check_own_hparams(host, user, sweep.algorithms, dataset, where="in the sweep")
     students = list(_list_students(host, sweep, user, datasets))
     first: dict[tuple[str, str], TrainArgs] = {}
     for args in students:
         first.setdefault((args.dataset, args.algorithm), args)
-    shared = prepare_first_runs(first.values())
+    prepared = prepare_first_runs(first.values())
     jobs = _Jobs(Path(sweep.output_dir), sweep.teachers_dir)
     for args in students:
-        jobs.add_student(args, shared[args.dataset, args.algorithm])
+        jobs.add_student(args, prepared[args.dataset, args.algorithm])
     return [job for group in group_by_depth(jobs.by_folder.values()) for job in group]
 
 
@@ -68,7 +70,7 @@ def _list_students(
 ) -> Iterator[TrainArgs]:
     more_seed = [sweep.seed] if sweep.seed else []
     common = {name: getattr(sweep, name) for name in SharedArgs.__dataclass_fields__ if name != "teachers_dir"}
-    given = {
+    known = {
         (dataset.name, algorithm): _keep_known(host, user, algorithm, dataset)
         for dataset in datasets
         for algorithm in sweep.algorithms
@@ -78,11 +80,14 @@ def _list_students(
             for algorithm in sweep.algorithms:
                 for test_envs in list_test_envs(len(dataset.environments), single=sweep.single_test_envs):
                     check_test_envs(test_envs, dataset)
+                    given = _add_chosen(
+                        known[dataset.name, algorithm], sweep.chosen, dataset.name, algorithm, test_envs
+                    )
                     for hparams_seed in range(sweep.n_hparams_from, sweep.n_hparams):
                         own = {
                             "dataset": dataset.name,
                             "algorithm": algorithm,
-                            "hparams": given[dataset.name, algorithm],
+                            "hparams": json.dumps(given, sort_keys=True) if given else None,
                             "hparams_seed": hparams_seed,
                             "trial_seed": trial_seed,
                             "seed": host.misc.seed_hash(dataset.name, test_envs, trial_seed, *more_seed),
@@ -91,12 +96,31 @@ def _list_students(
                         yield TrainArgs(**common | own)
 
 
-def _keep_known(host: Host, user: Mapping[str, Any], algorithm: str, dataset: DatasetFacts) -> str | None:
-    """Return, as `--hparams`, what of the user's an algorithm and its teachers know."""
-    stages = list_stages(algorithm, user)
-    known = {name for stage in stages for name in get_known_hparams(host, stage, dataset, user)}
-    own = {name: value for name, value in user.items() if name in known}
-    return json.dumps(own, sort_keys=True) if own else None
+def _list_stages(algorithm: str, user: Mapping[str, Any]) -> list[str]:
+    """Return an algorithm and those that make its teachers, with what was given to all and to it alone."""
+    shared, own = split_hparams(user, algorithm)
+    return list_stages(algorithm, shared | own)
+
+
+def _keep_known(host: Host, user: Mapping[str, Any], algorithm: str, dataset: DatasetFacts) -> dict[str, Any]:
+    """Return what of the user's an algorithm and its teachers know, and what is for the algorithm alone."""
+    shared, own = split_hparams(user, algorithm)
+    stages = _list_stages(algorithm, user)
+    known = {name for stage in stages for name in get_known_hparams(host, stage, dataset, shared | own)}
+    kept = {name: value for name, value in shared.items() if name in known}
+    return kept | ({algorithm: own} if own else {})
+
+
+def _add_chosen(
+    given: dict[str, Any], chosen: Mapping[str, Any] | None, dataset: str, algorithm: str, test_envs: list[int]
+) -> dict[str, Any]:
+    """Return what is given to a student, with the settings that were chosen for it; the user's own come first."""
+    for setting in (chosen or {}).get("settings", []):
+        place = (setting["dataset"], setting["algorithm"])
+        if place == (dataset, algorithm) and setting["test_env"] in (None, test_envs[0]):
+            own = setting["hparams"] | given.get(algorithm, {})
+            return given | ({algorithm: own} if own else {})
+    return given
 
 
 def list_test_envs(n_envs: int, *, single: bool) -> list[list[int]]:
@@ -128,9 +152,10 @@ class _Jobs:
         """Add a student's job, and those that make its teachers, as far as there is none like them."""
         folder = md5(json.dumps(get_identity(student), sort_keys=True).encode()).hexdigest()
         args = replace(student, output_dir=str(self.root / folder), teachers_dir=str(self.store))
-        hparams = choose_hparams(shared.host, args, shared.dataset, shared.user_hparams)
+        user, own = split_hparams(parse_json(args.hparams), args.algorithm)
+        hparams = choose_hparams(shared.host, args, shared.dataset, user | own)
         complete = replace(args, steps=args.steps or shared.n_steps)
-        needs = self._add_teachers(complete, hparams, shared.user_hparams, shared)
+        needs = self._add_teachers(complete, hparams, user, shared)
         self.by_folder.setdefault(folder, Job(STUDENT, folder, args, needs, list_sources()))
 
     def _add_teachers(

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from daft_domainbed.launch.launchers import Launcher
     from daft_domainbed.launch.options import Options
 
+_RERUN_TRIALS = 5
+
 
 def collect_sweep_args(given: dict[str, Any]) -> SweepArgs:
     """Return a sweep's arguments: those given, else those that its folder was begun with, else the defaults.
@@ -44,6 +46,36 @@ def collect_sweep_args(given: dict[str, Any]) -> SweepArgs:
     if not values.get("datasets"):
         raise UsageError("--datasets is needed, as in --datasets EmojiStyles; 'daft-domainbed doctor' lists them")
     return SweepArgs(**values)
+
+
+def collect_rerun_args(given: dict[str, Any]) -> SweepArgs:
+    """Return the arguments of a sweep that trains what another one chose: the other's, else those given.
+
+    Raises:
+        UsageError: No search is named, or there is nothing to choose from in it.
+    """
+    from daft_domainbed.launch.plan_file import read_jobs
+    from daft_domainbed.launch.rerun import HOW, plan_rerun
+    from daft_domainbed.launch.states import is_done
+
+    if "search" not in given:
+        raise UsageError("--from is needed: the folder of the search, as in sweep rerun --from runs/search")
+    if flags := sorted({"n_trials_from", "n_hparams", "n_hparams_from"} & given.keys()):
+        raise UsageError(
+            f"--{flags[0]} has no place here: rerun takes one setting, in trials after those of the search"
+        )
+    own = {name: value for name, value in given.items() if name not in ("n_trials", "output_dir")}
+    root = Path(given["search"])
+    jobs = read_jobs(root)
+    search = collect_sweep_args(own | {"output_dir": str(root)})
+    if left := sum(not is_done(root / job.folder) for job in jobs):
+        print(f"{root}: {left} of {len(jobs)} jobs are not done; chosen among those that are", file=sys.stderr)
+    sweep, settings = plan_rerun(
+        search, given.get("n_trials", _RERUN_TRIALS), given.get("choose", HOW[0]), given["output_dir"]
+    )
+    for setting in settings:
+        print(setting.describe(), file=sys.stderr)
+    return sweep
 
 
 def launch(sweep: SweepArgs, options: Options, *, launcher: str, ask: bool, keep: str = "all") -> bool:

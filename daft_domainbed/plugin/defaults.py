@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from daft_domainbed.embedded import hparams_registry
-from daft_domainbed.errors import UsageError
+from daft_domainbed.errors import UsageError, suggest
 from daft_domainbed.host.contract import DEFAULT_INPUT_SIZE, DatasetFacts, Host
 from daft_domainbed.hparams import (
     Hparam,
@@ -23,6 +23,7 @@ from daft_domainbed.hparams import (
     one_or_more,
     or_auto,
     or_word,
+    split_hparams,
 )
 from daft_domainbed.methods import PLAIN, Slot, find_method, list_ours, list_slots, load_class
 from daft_domainbed.models.weights import to_plain
@@ -253,17 +254,46 @@ def _adapt_defaults(algorithm: str, dataset: DatasetFacts) -> dict[str, Any]:
     return adapted
 
 
-def refuse_engine_hparams(user: Iterable[str]) -> None:
+def refuse_engine_hparams(user: Mapping[str, Any]) -> None:
     """Refuse what upstream's own loop would take in silence.
 
     Raises:
         UsageError: Names the hyperparameter.
     """
+    if owners := [name for name, value in user.items() if isinstance(value, dict)]:
+        raise UsageError(f"--hparams has values for {owners[0]} alone, which DomainBed's own loop does not know")
     if names := sorted(ENGINE.keys() & set(user)):
         raise UsageError(
             f"hyperparameter {names[0]} is of this package's loop, not of DomainBed's own: leave it out, or train with "
             f"'daft-domainbed train --host upstream'"
         )
+
+
+def check_own_hparams(
+    host: Host, user: Mapping[str, Any], algorithms: Iterable[str], dataset: DatasetFacts, *, where: str
+) -> None:
+    """Refuse values for one algorithm alone that it does not have, or that are for an algorithm that is not there.
+
+    Args:
+        host: Registered.
+        user: What was given in `--hparams`.
+        algorithms: Those that may have values of their own.
+        dataset: On which they are trained.
+        where: The algorithms are, for the message.
+
+    Raises:
+        UsageError: Names the algorithm or the hyperparameter.
+    """
+    algorithms = list(algorithms)
+    for name in [name for name, value in user.items() if isinstance(value, dict)]:
+        if name not in algorithms:
+            raise UsageError(
+                f"--hparams has values for {name!r}, and there is no such algorithm {where}.{suggest(name, algorithms)}"
+            )
+        _, own = split_hparams(user, name)
+        if of_data := sorted(own.keys() & FOLDER.keys()):
+            raise UsageError(f"hyperparameter {of_data[0]} is the data set's: give it beside {name!r}, not in it")
+        check_user_hparams(host, own, [name], dataset, asked=[name])
 
 
 def check_user_hparams(

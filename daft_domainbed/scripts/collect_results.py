@@ -6,6 +6,7 @@ Example:
     daft-domainbed collect_results --input_dir runs/EmojiStyles
     daft-domainbed collect_results --input_dir runs/EmojiStyles --format latex
     daft-domainbed collect_results --input_dir runs/EmojiStyles --compare DAFT KD ERM
+    daft-domainbed collect_results --input_dir runs/EmojiStyles --show_hparams
     daft-domainbed collect_results --input_dir runs/EmojiStyles --robustness --format json
     daft-domainbed collect_results --input_dir runs/EmojiStyles --weights averaged
 """
@@ -32,6 +33,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--compare", nargs="+", metavar="ALGORITHM", help="the first one's gain over each other, paired by trial"
     )
+    parser.add_argument(
+        "--show_hparams", action="store_true", help="the draw behind each number, below the text tables"
+    )
     parser.add_argument("--robustness", action="store_true", help="the table of what `sweep evaluate` measured")
     parser.add_argument(
         "--weights", choices=["plain", "averaged"], default="plain", help="whose accuracies count; default: plain"
@@ -51,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UsageError("--robustness is a table of its own, in text, markdown, csv or json: give it alone")
 
     from daft_domainbed.results.comparison import compare, format_comparisons
+    from daft_domainbed.results.draws import format_draws
     from daft_domainbed.results.formats import FORMATS
     from daft_domainbed.results.robustness import FORMATS as ROBUSTNESS_FORMATS
     from daft_domainbed.results.robustness import build_robustness
@@ -67,12 +72,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(ROBUSTNESS_FORMATS[args.format](tables))
         return 0
     results = build_results(sweep)
+    if args.show_hparams and args.format != "text":
+        raise UsageError("--show_hparams is of the text tables: --format json has the hyperparameters of every number")
     if args.compare:
         comparisons = compare(results, args.compare[0], args.compare[1:])
         as_json = json.dumps([asdict(entry) for entry in comparisons], indent=1) + "\n"
         sys.stdout.write(as_json if args.format == "json" else format_comparisons(comparisons))
     else:
         sys.stdout.write(FORMATS[args.format](results))
+        if args.show_hparams:
+            sys.stdout.write("\n" + format_draws(results))
     return 0
 
 

@@ -1,14 +1,16 @@
 """Launch a sweep with every stage that it needs, show how it stands, evaluate its choices, remove what is incomplete.
 
 `launch` again goes on with what is not done; what is trained, and with how many threads, is then taken from the sweep.
-`status` needs --output_dir alone. `evaluate` asks what `daft-domainbed evaluate` does of every checkpoint that
-training-domain validation chose, and of the teachers behind them; `collect_results --robustness` shows the answers.
-Launchers: local, multi_gpu, slurm, ray, dummy (prints the commands), one of an installed package, or one of your
-DomainBed's with --host upstream.
+`rerun` trains what the search in --from chose by training-domain validation, in --n_trials further trials. `status`
+needs --output_dir alone. `evaluate` asks what `daft-domainbed evaluate` does of every checkpoint that training-domain
+validation chose, and of the teachers behind them; `collect_results --robustness` shows the answers. Launchers: local,
+multi_gpu, slurm, ray, dummy (prints the commands), one of an installed package, or one of your DomainBed's with --host
+upstream.
 
 Example:
     daft-domainbed sweep launch --datasets EmojiStyles --n_trials 3 --n_hparams 1 --single_test_envs --output_dir runs/e
     daft-domainbed sweep launch --config sweeps/pacs/sweep.yaml --data_dir data --command_launcher slurm
+    daft-domainbed sweep rerun --from runs/e --output_dir runs/e_again --n_trials 5
     daft-domainbed sweep status --output_dir runs/e
     daft-domainbed sweep evaluate --output_dir runs/e --suite standard
 """
@@ -27,7 +29,14 @@ from typing import TYPE_CHECKING, Any
 
 from daft_domainbed.cli import ArgumentParser, non_negative_int, positive_int, run_command
 from daft_domainbed.errors import UsageError
-from daft_domainbed.launch.sweep import collect_sweep_args, delete_incomplete, evaluate_chosen, launch, show_status
+from daft_domainbed.launch.sweep import (
+    collect_rerun_args,
+    collect_sweep_args,
+    delete_incomplete,
+    evaluate_chosen,
+    launch,
+    show_status,
+)
 from daft_domainbed.methods import COMPARED
 from daft_domainbed.scripts.evaluate import add_asked_flags
 from daft_domainbed.scripts.train import add_shared_flags
@@ -39,9 +48,15 @@ if TYPE_CHECKING:
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of `sweep`; a flag that is not given is no attribute of what it parses."""
     parser = ArgumentParser(prog="daft-domainbed sweep", doc=__doc__, argument_default=argparse.SUPPRESS)
-    parser.add_argument("command", choices=["launch", "status", "evaluate", "delete_incomplete"])
+    parser.add_argument("command", choices=["launch", "rerun", "status", "evaluate", "delete_incomplete"])
     parser.add_argument("--config", type=Path, help="a sweep.yaml, whose keys are these flags; flags go before it")
     parser.add_argument("--output_dir", help="the sweep's folder")
+    parser.add_argument("--from", dest="search", metavar="DIR", help="rerun: the folder of the search")
+    parser.add_argument(
+        "--choose",
+        choices=["per-algorithm", "per-environment"],
+        help="rerun: one draw for all held-out domains (default), or one each",
+    )
     parser.add_argument("--datasets", nargs="+", help="names of data sets, or folder:PATH")
     parser.add_argument("--algorithms", nargs="+", help=f"default: {' '.join(COMPARED)}")
     parser.add_argument("--n_trials", type=positive_int, help="repetitions, each with its own splits; default: 3")
@@ -102,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = make_options(given)
         _check_launcher_flags(on_command_line, launcher)
         is_launched = launch(
-            collect_sweep_args(given),
+            collect_rerun_args(given) if command == "rerun" else collect_sweep_args(given),
             options,
             launcher=launcher,
             ask=not given.get("skip_confirmation", False),

@@ -44,7 +44,10 @@ def build_parser() -> argparse.ArgumentParser:
 def add_shared_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that a single run and a whole sweep have in common."""
     parser.add_argument("--data_dir", help="folder of the data sets; only for those that are read from files")
-    parser.add_argument("--hparams", help="JSON object of hyperparameters, over the defaults or the random draw")
+    parser.add_argument(
+        "--hparams",
+        help='JSON object of hyperparameters, over defaults or random draws; {"ERM": {...}} in it is for ERM alone',
+    )
     parser.add_argument(
         "--task", default="domain_generalization", choices=["domain_generalization", "domain_adaptation"]
     )

@@ -13,9 +13,10 @@ from daft_domainbed.arguments import TrainArgs
 from daft_domainbed.data.splits import NO_UNLABELLED, Data, build_data, check_sizes
 from daft_domainbed.errors import UsageError
 from daft_domainbed.host.contract import DatasetFacts, Host, describe_dataset, find_host, get_algorithm_class
-from daft_domainbed.hparams import parse_json
+from daft_domainbed.hparams import parse_json, split_hparams
 from daft_domainbed.methods import list_stages
 from daft_domainbed.plugin.defaults import (
+    check_own_hparams,
     check_user_hparams,
     get_default_hparams,
     get_known_hparams,
@@ -40,7 +41,7 @@ class Prepared:
         args: As given.
         host: Registered.
         dataset: What is known of the data set.
-        user_hparams: What the user gave in `--hparams`.
+        user_hparams: What the user gave in `--hparams` that is not for one algorithm alone; teachers are given it, too.
         hparams: All hyperparameters of the run.
         device: On which it computes.
         n_steps: Number of updates.
@@ -71,7 +72,8 @@ def prepare(args: TrainArgs) -> Prepared:
     host = find_host(args.host)
     register(host)
     get_algorithm_class(host, args.algorithm)
-    user = parse_json(args.hparams)
+    given = parse_json(args.hparams)
+    user, own = split_hparams(given, args.algorithm)
     dataset = describe_dataset(host, args.dataset, user)
     check_test_envs(args.test_envs, dataset)
     if not 0 < args.holdout_fraction < 1:
@@ -80,9 +82,10 @@ def prepare(args: TrainArgs) -> Prepared:
         raise UsageError(f"--uda_holdout_fraction is {args.uda_holdout_fraction}: it must be at least 0 and below 1")
     device = find_device(args.device)
     check_precision(args.precision, device, args.algorithm)
-    stages = list_stages(args.algorithm, user)
+    stages = list_stages(args.algorithm, user | own)
     check_user_hparams(host, user, stages, dataset, asked=stages)
-    hparams = choose_hparams(host, args, dataset, user)
+    check_own_hparams(host, given, host.algorithms.ALGORITHMS, dataset, where=f"in host {host.name}")
+    hparams = choose_hparams(host, args, dataset, user | own)
     resolve_auto(args.algorithm, hparams)  # refuses what cannot be before anything is trained for it
     kind = dataset.dataset_class
     n_steps = kind.N_STEPS if args.steps is None else args.steps
