@@ -30,10 +30,13 @@ from daft_domainbed.results.sweeps import Sweep, read_sweep
 from daft_domainbed.results.tables import Table, build_results
 from daft_domainbed.runtime.layout import DONE_FILE, RECORDS_FILE, TEACHERS_FOLDER, read_last_record
 from tools.charts import Axis, Point, Series, draw_chart, make_axis
+from tools.power import find_smallest_effect, find_smallest_margin
+from tools.proof import check_records
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 STUDY = REPOSITORY / "sweeps" / "claim"
 RECORDS = STUDY / "records.tar.xz"
+PRETRAINED = STUDY / "pretrained"
 PAGE = REPOSITORY / "docs" / "results.md"
 FIGURES = REPOSITORY / "docs" / "figures"
 MEASURES = "measures.jsonl"
@@ -130,6 +133,11 @@ class Study:
             title: compare_trials(lots[first].table, first, second, kept[first], kept[second])
             for title, (first, second) in pairs.items()
         }
+
+    def list_gains(self, first: str, second: str) -> list[float]:
+        """Return the gain of one sweep over another in each trial that both have."""
+        ours, theirs = (self.report[name].get_trials() for name in (first, second))
+        return [float(np.mean(np.subtract(ours[t], theirs[t]))) for t in sorted(ours.keys() & theirs.keys())]
 
     def fit_slope(self, first: str, second: str, widths: Sequence[int]) -> Slope:
         """Fit each trial's gain of one method over another as a line in log2 of the student's width.
@@ -289,6 +297,17 @@ def show_costs(study: Study) -> str:
     return make_table(["stage", "runs", "median seconds", "core hours"], rows)
 
 
+def show_power() -> str:
+    """Return what numbers of trials can show at several spreads of a trial's difference."""
+    rows = [
+        [f"{spread:g}", str(n), f"{find_smallest_effect(spread, n):.1f}", f"{find_smallest_margin(spread, n):.1f}"]
+        for spread in (1.0, 2.0, 3.0)
+        for n in (24, 12, 8)
+    ]
+    header = ["spread of a trial's difference", "trials", "smallest effect found (p < 0.05)", "smallest margin shown"]
+    return make_table(header, rows)
+
+
 def show_proof(study: Study) -> str:
     """Return when each report sweep's runs began, and at which commits."""
     rows = []
@@ -428,12 +447,19 @@ def describe(study: Study) -> dict[str, Any]:
         "unrun": sorted(planned - study.report.keys()),
         "proof": show_proof(study),
         "costs": show_costs(study),
+        "spread": lambda first, second: f"{np.std(study.list_gains(first, second), ddof=1):.1f}",
+        "power": show_power(),
         "cpu": study.report["erm_w8"].sweep.runs[0].machine["cpu"],
     }
 
 
 def write(archive: Path, page: Path, figures: Path) -> None:
-    """Write the page and the figures from the records."""
+    """Write the page and the figures from the records.
+
+    Raises:
+        RunError: Records of the study of pretrained students prove nothing; see `tools.proof`.
+    """
+    check_records(sorted((PRETRAINED / "records").glob("*.tar.xz")), PRETRAINED / "report")
     with tempfile.TemporaryDirectory() as folder:
         with tarfile.open(archive) as tar:
             tar.extractall(folder, filter="data")

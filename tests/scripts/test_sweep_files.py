@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -86,3 +87,33 @@ def test_sweeps_of_the_claim_study_differ_in_what_they_compare() -> None:
     assert {given["precision"] for given in report} == {"bf16", "fp32"}
     pretrained = {given["precision"] for given in report if "lite0" in given["hparams"]}
     assert len(pretrained) == 1
+
+
+PRETRAINED = sorted((SWEEPS / "claim" / "pretrained").glob("*/*.yaml"))
+# What may differ between arms; all else is one setting.
+ARMS = {"kd_match", "aft_attack", "aft_eps", "aft_scope", "average_start", "backbone", "backbone_input_size"}
+ARMS |= {"backbone_frozen", "teacher_backbone", "teacher_frozen", "freeze_bn"}
+
+
+@pytest.mark.parametrize("file", PRETRAINED, ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_sweeps_of_the_study_of_pretrained_students(file: Path) -> None:
+    given, part = read_config(file, "launch"), file.parent.name
+    first, end = given.get("n_trials_from", 0), given["n_trials"]
+    assert (first, end) == (102, 105) if part == "development" else (first, end) in {(0, 24), (0, 12), (0, 8)}
+    assert given["output_dir"] == f"runs/claim/pretrained/{part}/{file.stem}"
+    assert given["steps"] % given["checkpoint_freq"] == 0 and given["steps"] // given["checkpoint_freq"] == 3
+    (algorithm,) = given["algorithms"]
+    assert algorithm == file.stem.removeprefix("screen_").split("_")[0].upper()
+
+
+def test_arms_of_the_study_of_pretrained_students_differ_in_nothing_else() -> None:
+    arms = {file.stem: read_config(file, "launch") for file in PRETRAINED if file.parent.name == "report"}
+    assert {name for name, given in arms.items() if given["n_trials"] == 24} == {"erm", "kd", "kd_matched", "daft"}
+    daft = json.loads(arms["daft"]["hparams"])
+    for given in arms.values():
+        own = json.loads(given["hparams"])
+        assert all(own[name] == daft[name] for name in own.keys() & daft.keys() - ARMS)
+        assert own.keys() - daft.keys() <= {"kd_match"}
+    matched = json.loads(arms["kd_matched"]["hparams"])
+    assert matched == daft | {"kd_match": True}
+    assert json.loads(arms["kd"]["hparams"]).items() < daft.items()
