@@ -9,6 +9,7 @@ Example:
     daft-domainbed collect_results --input_dir runs/EmojiStyles --show_hparams
     daft-domainbed collect_results --input_dir runs/EmojiStyles --robustness --format json
     daft-domainbed collect_results --input_dir runs/EmojiStyles --weights averaged
+    daft-domainbed collect_results --input_dir runs/PACS --published
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--weights", choices=["plain", "averaged"], default="plain", help="whose accuracies count; default: plain"
     )
+    parser.add_argument(
+        "--published", action="store_true", help="instead: ERM beside DomainBed's published accuracy, a line a data set"
+    )
     return parser
 
 
@@ -54,9 +58,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.robustness and (args.compare or args.format == "latex"):
         raise UsageError("--robustness is a table of its own, in text, markdown, csv or json: give it alone")
 
+    if args.published and (args.compare or args.robustness or args.format != "text"):
+        raise UsageError("--published is lines of text of their own: give it alone")
+
     from daft_domainbed.results.comparison import compare, format_comparisons
     from daft_domainbed.results.draws import format_draws
     from daft_domainbed.results.formats import FORMATS
+    from daft_domainbed.results.published import format_published
     from daft_domainbed.results.robustness import FORMATS as ROBUSTNESS_FORMATS
     from daft_domainbed.results.robustness import build_robustness
     from daft_domainbed.results.sweeps import read_sweep
@@ -74,6 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = build_results(sweep)
     if args.show_hparams and args.format != "text":
         raise UsageError("--show_hparams is of the text tables: --format json has the hyperparameters of every number")
+    if args.published:
+        sys.stdout.write(format_published(results))
+        return 0
     if args.compare:
         comparisons = compare(results, args.compare[0], args.compare[1:])
         as_json = json.dumps([asdict(entry) for entry in comparisons], indent=1) + "\n"
