@@ -5,13 +5,13 @@ BIN := $(VENV)/bin
 # Further flags for the main job, e.g. make demo ARGS="--n_trials 3".
 ARGS ?=
 
-# Two workers, one thread each, on the two cores that any machine has.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+# Two workers, on the two cores that any machine has; one that has nothing left takes tests of the other's.
+PYTEST := $(BIN)/pytest -n 2 --dist worksteal --durations=10
 
-.PHONY: help venv demo claim pages test lint format
+.PHONY: help venv demo claim pages test test-long lint format
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s%s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s%s\n", $$1, $$2}' Makefile
 
 venv: $(VENV)/develop.stamp  ## set up .venv: the package, editable, with what the tests and the build of the data need
 
@@ -26,6 +26,9 @@ pages: claim  ## the same, and every table in docs/ that follows from the code
 
 test: lint  ## lint, types, the whole suite with doctests and coverage; CI runs the same
 	$(PYTEST) --cov --cov-report=term
+
+test-long: $(VENV)/develop.stamp  ## kill runs at random moments, over and over: what make test leaves out
+	$(PYTEST) -m long
 
 lint: $(VENV)/develop.stamp  ## check the format, style and types
 	$(BIN)/ruff format --check .

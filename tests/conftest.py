@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
-import runpy
+import shutil
 import subprocess
+import sys
 import zipfile
 from collections.abc import Callable, Iterator
-from multiprocessing.process import BaseProcess
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 from hypothesis import settings
+
+from tests.processes import WarmPopen
+from tests.states import preserving
 
 # The same examples every time; --hypothesis-profile=random looks for new ones.
 settings.register_profile("random", deadline=None)
@@ -62,6 +65,43 @@ class Tiny:
         """Train a model as a teacher of its own, and return its checkpoint."""
         backbone = {"backbone": "resnet8_w4"} if algorithm == "ERM" else {}
         return self.train(folder or algorithm, backbone, algorithm=algorithm, **flags) / "model.pkl"
+
+
+class Shelf:
+    """Runs as `Tiny` trains them, each trained once and never written to: whole, or stopped after some steps."""
+
+    class Stopped(BaseException):
+        """Stands for a kill: nothing in the package catches it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.roots: dict[str, Path] = {}
+
+    def get_root(self, hparams: dict[str, Any] | None = None, stop_at: int | None = None, **flags: Any) -> Path:
+        """Return the folder that the run `run` and its teachers are in."""
+
+        def on_step(step: int, n_steps: int) -> None:
+            if step == stop_at:
+                raise self.Stopped
+
+        key = repr((hparams, stop_at, sorted(flags.items())))
+        if key not in self.roots:
+            self.roots[key] = self.root / str(len(self.roots))
+            with preserving(), suppress(self.Stopped):
+                Tiny(self.roots[key]).train("run", hparams, on_step=on_step, **flags)
+        return self.roots[key]
+
+    def get(self, *args: Any, **flags: Any) -> Path:
+        """Return the run's own folder."""
+        return self.get_root(*args, **flags) / "run"
+
+    def read(self, *args: Any, **flags: Any) -> dict[str, str]:
+        """Return the outcome of the run and its teachers."""
+        return read_outcome(self.get_root(*args, **flags))
+
+    def copy(self, target: Path, *args: Any, **flags: Any) -> Path:
+        """Copy the run to a folder that may be written to, and return it."""
+        return Path(shutil.copytree(self.get(*args, **flags), target))
 
 
 def get_defaults(host: Any, algorithm: str, dataset: str, user: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -136,29 +176,23 @@ def copy_with_pickle(source: Path, target: Path, content: bytes) -> None:
 
 
 @pytest.fixture
-def tiny(tmp_path: Path) -> Iterator[Tiny]:
-    """Trains tiny networks below the test's own folder, and leaves host and random states as they were."""
-    from daft_domainbed import plugin
-    from daft_domainbed.host import contract
-    from daft_domainbed.runtime.randomness import preserve_states
+def tiny(tmp_path: Path) -> Tiny:
+    """Trains tiny networks below the test's own folder."""
+    return Tiny(tmp_path)
 
-    with preserve_states():
-        yield Tiny(tmp_path)
-    plugin.unregister(contract.find_host())
+
+@pytest.fixture(scope="session")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
+    """Runs that nothing disturbed."""
+    return Shelf(tmp_path_factory.mktemp("shelf"))
 
 
 @pytest.fixture(scope="session")
 def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """An ERM and an AFT checkpoint on Debug28, environment 0 held out; not to be written to."""
-    from daft_domainbed import plugin
-    from daft_domainbed.host import contract
-    from daft_domainbed.runtime.randomness import preserve_states
-
     made = Tiny(tmp_path_factory.mktemp("teachers"))
-    with preserve_states():
-        paths = {"ERM": made.make_teacher("ERM")}
-        paths["AFT"] = made.train("AFT", {"teacher": str(paths["ERM"])}, algorithm="AFT") / "model.pkl"
-    plugin.unregister(contract.find_host())
+    paths = {"ERM": made.make_teacher("ERM")}
+    paths["AFT"] = made.train("AFT", {"teacher": str(paths["ERM"])}, algorithm="AFT") / "model.pkl"
     return paths
 
 
@@ -249,25 +283,26 @@ def run_train(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, lis
 
 
 @pytest.fixture
-def start_script(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], BaseProcess]]:
-    """Runs a script in a process of its own, forked from a server that has imported torch: a start takes no time."""
-    context = multiprocessing.get_context("forkserver")
-    # All that a run imports: a start takes no time then.
-    context.set_forkserver_preload(
-        [f"daft_domainbed.{name}" for name in ("training.engine", "algorithms.daft", "embedded.datasets")]
-    )
-    folder = tmp_path_factory.mktemp("scripts")
-    started: list[BaseProcess] = []
+def warm_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spares the local launcher's server of jobs the import of torch."""
+    from daft_domainbed.launch import fork_server
 
-    def start(code: str) -> BaseProcess:
+    monkeypatch.setattr(fork_server, "Popen", WarmPopen)
+
+
+@pytest.fixture
+def start_script(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., WarmPopen]]:
+    """Runs a script in a process of its own, as `WarmPopen` does; it ends with the test."""
+    folder = tmp_path_factory.mktemp("scripts")
+    started: list[WarmPopen] = []
+
+    def start(code: str, **options: Any) -> WarmPopen:
         path = folder / f"{len(started)}.py"
         path.write_text(code)
-        process = context.Process(target=runpy.run_path, args=(str(path),))
-        process.start()
-        started.append(process)
-        return process
+        started.append(WarmPopen([sys.executable, path], **options))
+        return started[-1]
 
     yield start
     for process in started:
         process.kill()
-        process.join()
+        process.wait()

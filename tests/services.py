@@ -9,11 +9,11 @@ import signal
 import socket
 import subprocess
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+
+from tests.processes import wait_until
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 
@@ -61,14 +61,6 @@ PartitionName=high Nodes={host} PriorityTier=2 PreemptMode=OFF
 def find_missing() -> list[str]:
     """Return the programs that a Slurm needs and that are not installed."""
     return [program for program in PROGRAMS if _which(program) is None]
-
-
-def wait_until(condition: Callable[[], Any], what: str, seconds: float = 120.0) -> None:
-    """Wait for what is sure to come; the limit is for what is broken."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"it never happened: {what}"
-        time.sleep(0.05)
 
 
 class Slurm:
@@ -167,6 +159,11 @@ class Slurm:
     def wait_until_empty(self, seconds: float = 240.0) -> None:
         """Wait until no job is in the queue any more."""
         wait_until(lambda: not self.list_jobs(), "the queue is empty", seconds)
+
+    def cancel_all(self) -> None:
+        """End all jobs, and wait until the queue is empty."""
+        self.call("scancel", "--quiet", "--full", "--user", _get_user())
+        self.wait_until_empty()
 
     def list_processes(self) -> list[int]:
         """Return the daemons and whatever they started: those that were given this cluster's configuration."""

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -62,13 +61,12 @@ SETS = {  # the student's backbone, the ERM teacher's, what a pixel is
 
 
 @pytest.fixture
-def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[contract.Host]:
+def host(monkeypatch: pytest.MonkeyPatch) -> contract.Host:
     """The embedded host, for which any folder is a data set."""
     monkeypatch.setattr("daft_domainbed.embedded.datasets.list_domains", lambda path: ["a", "b", "c"])
     host = contract.find_host()
     plugin.register(host)
-    yield host
-    plugin.unregister(host)
+    return host
 
 
 def get_ours(host: contract.Host, algorithm: str, dataset: str, **user: Any) -> dict[str, Any]:

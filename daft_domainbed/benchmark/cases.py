@@ -20,7 +20,7 @@ CASES: dict[str, Case] = {}
 TRAIN, HOST_TRAIN = "daft_domainbed.scripts.train", "domainbed.scripts.train"
 BARE = "daft_domainbed.benchmark.bare"
 
-STUDENT, TEACHER = "resnet8_w8", "resnet8_w32"
+STUDENT = "resnet8_w8"
 PRETRAINED = "timm/tf_efficientnet_lite0"
 EMOJI_BATCH = 96  # 32 drawings of each of three styles
 EMOJI_EPOCH = 20  # steps in which a style is seen once
@@ -134,12 +134,12 @@ def digits_fast(bench: Bench) -> Rounds:
 @case("our ERM step plus the forward pass of the teacher's network", Goal("step", "s", "bare", 1.05))
 def daft_step(bench: Bench) -> Rounds:
     """DAFT step on EmojiStyles: student resnet8_w8, teacher resnet8_w32, batch 3 x 32."""
-    teacher = {"teacher_backbone": TEACHER, "teacher_steps": 8, "aft_steps": 2}
+    teacher = {"teacher_backbone": bench.size.teacher, "teacher_steps": 8, "aft_steps": 2}
     n = 2 * bench.size.chunk
     with (
         _pace_engine(bench, dataset="EmojiStyles", algorithm="DAFT", hparams={"backbone": STUDENT} | teacher) as daft,
         _pace_engine(bench, dataset="EmojiStyles", hparams={"backbone": STUDENT}) as erm,
-        bench.pace("bare:answer", backbone=TEACHER, batch=EMOJI_BATCH) as answer,
+        bench.pace("bare:answer", backbone=bench.size.teacher, batch=EMOJI_BATCH) as answer,
     ):
         yield {
             "ours": _take_steps(daft, n),
@@ -152,7 +152,7 @@ def aft_features(bench: Bench) -> Rounds:
     """AFT epoch on features (closed form, head of resnet8_w32, not augmented, images encoded before) on EmojiStyles."""
     with (
         _pace_aft(bench, aft_attack="features", data_augmentation=False) as ours,
-        bench.pace("bare:fine_tune", backbone=TEACHER, batch=EMOJI_BATCH, attack_steps=10) as bare,
+        bench.pace("bare:fine_tune", backbone=bench.size.teacher, batch=EMOJI_BATCH, attack_steps=10) as bare,
     ):
         yield {
             "ours": lambda: {"epoch": sum(ours.advance(EMOJI_EPOCH))},
@@ -167,7 +167,7 @@ def aft_pixels(bench: Bench) -> Rounds:
     n = bench.size.chunk
     with (
         _pace_aft(bench, aft_attack="pixels", aft_attack_steps=3) as ours,
-        bench.pace("bare:fine_tune", backbone=TEACHER, batch=EMOJI_BATCH, attack_steps=3) as bare,
+        bench.pace("bare:fine_tune", backbone=bench.size.teacher, batch=EMOJI_BATCH, attack_steps=3) as bare,
     ):
         yield {"ours": _take_steps(ours, n), "bare": _take_steps(bare, n)}
 
@@ -286,7 +286,7 @@ def _pace_engine(bench: Bench, **args: Any) -> Any:
 
 
 def _pace_aft(bench: Bench, **hparams: Any) -> Any:
-    teacher = {"teacher_backbone": TEACHER, "teacher_steps": 8}
+    teacher = {"teacher_backbone": bench.size.teacher, "teacher_steps": 8}
     return _pace_engine(bench, dataset="EmojiStyles", algorithm="AFT", hparams=teacher | hparams)
 
 

@@ -22,6 +22,7 @@ class Size:
         folders: Runs that `collect_results` reads.
         host_folders: How many of them upstream's reader is given.
         profile_steps: Steps of the folder's job whose time is divided into phases.
+        teacher: Backbone of the teachers of DAFT and AFT.
         demo_steps: Updates of each job of the demo's slice.
         domains: Numbers of domains at which growth is measured.
         growth_folders: Numbers of runs at which it is.
@@ -39,6 +40,7 @@ class Size:
     folders: int = 4_000
     host_folders: int = 240
     profile_steps: int = 10
+    teacher: str = "resnet8_w32"
     demo_steps: int = 100
     domains: tuple[int, ...] = (3, 6, 9, 12)
     growth_folders: tuple[int, ...] = (500, 1_000, 2_000, 4_000)
@@ -54,6 +56,7 @@ SIZES = {
     ),
     "tiny": Size(
         digits=480, digits_steps=2, digits_checkpoint=1, jobs=3, host_jobs=3, chunk=1, images=2, batch=4,
-        read_steps=2, folders=30, host_folders=30, profile_steps=1, demo_steps=2, domains=(3, 4), growth_folders=(3, 6),
+        read_steps=2, folders=30, host_folders=30, profile_steps=1, teacher="resnet8_w2", demo_steps=2, domains=(3, 4),
+        growth_folders=(3, 6),
     ),
 }  # fmt: skip

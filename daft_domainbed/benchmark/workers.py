@@ -24,7 +24,7 @@ from typing import IO, Any
 from daft_domainbed.benchmark.sizes import Size
 from daft_domainbed.errors import RunError
 
-_SECONDS_BETWEEN_LOOKS = 0.1
+SECONDS_BETWEEN_LOOKS = 0.1
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Bench:
                 high_water = max(high_water, _read_mib(f"/proc/{process.pid}/status", "VmHWM:"))
                 if len(family) > 1:
                     peak = max(peak, sum(_read_mib(f"/proc/{pid}/smaps_rollup", "Pss:") for pid in family))
-                time.sleep(_SECONDS_BETWEEN_LOOKS)
+                time.sleep(SECONDS_BETWEEN_LOOKS)
         return {"memory": max(peak, high_water), "processes": count}
 
     @contextmanager

@@ -23,7 +23,7 @@ from subprocess import Popen
 from daft_domainbed.runtime import machine, stopping
 
 _PRELOADED = ("daft_domainbed.launch.work", "daft_domainbed.algorithms", "daft_domainbed.embedded.datasets")
-_SECONDS_BETWEEN_REPORTS = 0.25
+SECONDS_BETWEEN_REPORTS = 0.25
 STOP = "stop"
 
 
@@ -89,7 +89,7 @@ def _work(connection: Connection) -> None:
 
     def report(step: int, n_steps: int) -> None:
         nonlocal last
-        if time.monotonic() - last > _SECONDS_BETWEEN_REPORTS or step == n_steps:
+        if time.monotonic() - last > SECONDS_BETWEEN_REPORTS or step == n_steps:
             last = time.monotonic()
             with suppress(OSError):  # the launcher is gone: an interruption, not a failure
                 connection.send((step, n_steps))

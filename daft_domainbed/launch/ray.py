@@ -22,7 +22,7 @@ from daft_domainbed.launch.work import Outcome, do_job
 from daft_domainbed.runtime import stopping
 
 _RETRIES = 3  # of a job whose worker or node was lost; each goes on where the last one was
-_SECONDS_BETWEEN_REPORTS = 1.0
+SECONDS_BETWEEN_REPORTS = 1.0
 _FOLDER = "daft_ray_"
 
 
@@ -110,7 +110,7 @@ def _do_job(root: Path, place: str, job: Job, threads: int, board: Any) -> Outco
 
     def report(step: int, n_steps: int) -> None:
         nonlocal last
-        if time.monotonic() - last > _SECONDS_BETWEEN_REPORTS:
+        if time.monotonic() - last > SECONDS_BETWEEN_REPORTS:
             last = time.monotonic()
             with suppress(ray.exceptions.RayError):  # the launcher's node is lost; the job is none the worse
                 if ray.get(board.report.remote(job.folder, step, n_steps)):

@@ -15,7 +15,7 @@ from daft_domainbed.runtime import stopping
 from daft_domainbed.runtime.layout import read_failure
 from daft_domainbed.runtime.locks import is_claimed
 
-_SECONDS_BETWEEN_LOOKS = 1.0
+SECONDS_BETWEEN_LOOKS = 1.0
 
 
 class Observer(Protocol):
@@ -110,7 +110,7 @@ class _Graph:
                 raise stopping.Stopped("the jobs that were running have saved where they are; the same command goes on")
             if not self.is_stopping:
                 self._start_ready()
-            for event in self.pool.wait(_SECONDS_BETWEEN_LOOKS / 2):
+            for event in self.pool.wait(SECONDS_BETWEEN_LOOKS / 2):
                 self._take(event)
 
     def _start_ready(self) -> None:
@@ -137,7 +137,7 @@ class _Graph:
         if is_done(folder):
             self._finish(job, None)
         elif is_claimed(folder):
-            self.elsewhere[job.folder] = time.monotonic() + _SECONDS_BETWEEN_LOOKS
+            self.elsewhere[job.folder] = time.monotonic() + SECONDS_BETWEEN_LOOKS
         elif (reason := read_failure(folder)) and not reason.startswith("its teacher "):  # which is done here
             self._finish(job, reason)
         else:
@@ -152,7 +152,7 @@ class _Graph:
         if outcome.kind in ("busy", "stopped"):
             del self.running[job.folder]
             self.waiting[job.folder] = job
-            self.elsewhere[job.folder] = time.monotonic() + _SECONDS_BETWEEN_LOOKS
+            self.elsewhere[job.folder] = time.monotonic() + SECONDS_BETWEEN_LOOKS
         else:
             self._finish(job, outcome.reason if outcome.kind == "failed" else None)
 

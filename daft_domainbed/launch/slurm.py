@@ -31,7 +31,7 @@ from daft_domainbed.runtime.locks import acquire
 SCHEMA = 1
 
 # A job goes on where it was each time; the end of it is for one that never gets anywhere.
-_MOST_TIMEOUTS = 100
+MOST_TIMEOUTS = 100
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ def _submit(root: Path, jobs: Sequence[Job], after: Sequence[str], threads: int,
 
     stage, what = jobs[0].stage, f"{len(jobs)} {name_job(jobs[0])}{'s' if len(jobs) > 1 else ''}"
     folder = root / SLURM_FOLDER
-    executor = SlurmExecutor(folder, max_num_timeout=_MOST_TIMEOUTS)
+    executor = SlurmExecutor(folder, max_num_timeout=MOST_TIMEOUTS)
     # Whatever becomes of the teachers: a job marks itself as failed where its teacher has, and trains a missing one.
     waits = {"dependency": f"afterany:{':'.join(after)}"} if after else {}
     executor.update_parameters(**{"job_name": f"daft-{stage}", **parameters, **waits})

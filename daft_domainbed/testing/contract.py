@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import pytest
@@ -21,6 +21,7 @@ from daft_domainbed.plugin.defaults import (
     list_hparams,
     resolve_auto,
 )
+from daft_domainbed.plugin.registration import register
 from daft_domainbed.plugin.registry import REGISTRY
 from daft_domainbed.runtime.randomness import preserve_states
 from daft_domainbed.testing.workbench import Workbench, list_random_states, stop_after
@@ -55,13 +56,18 @@ class AlgorithmContract:
 
     @pytest.fixture(scope="class", params=HOSTS)
     @classmethod
-    def bench(cls, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workbench]:
+    def bench(cls, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Workbench:
         """The algorithm on a host, with data and teachers, made once for all checks."""
         if request.param == "upstream" and not os.environ.get("DOMAINBED_ROOT"):
             pytest.skip("needs a clone of DomainBed: set DOMAINBED_ROOT")
         folder = tmp_path_factory.mktemp(f"{cls.algorithm}_{request.param}")
         with preserve_states():
-            yield Workbench(folder, request.param, cls.algorithm, cls.dataset, TINY | cls.hparams, cls.steps)
+            return Workbench(folder, request.param, cls.algorithm, cls.dataset, TINY | cls.hparams, cls.steps)
+
+    @pytest.fixture(autouse=True)
+    def registered(self, bench: Workbench) -> None:
+        """Whatever became of the host in other tests."""
+        register(bench.run.host)
 
     def test_trains_and_records(self, bench: Workbench) -> None:
         """A run ends with finite losses, an accuracy for every split, and a checkpoint."""

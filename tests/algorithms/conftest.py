@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -136,12 +136,8 @@ def make_shared_workbench(tmp_path_factory: pytest.TempPathFactory) -> Callable[
 
 
 @pytest.fixture(autouse=True)
-def registered() -> Iterator[None]:
-    """Leave the host as it was."""
-    host = contract.find_host()
-    plugin.register(host)
-    yield
-    plugin.unregister(host)
+def registered() -> None:
+    plugin.register(contract.find_host())
 
 
 @pytest.fixture

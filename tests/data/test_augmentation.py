@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,16 +15,9 @@ from torchvision import transforms
 
 from daft_domainbed.data.augmentation import split_transform
 from daft_domainbed.embedded.datasets import build_transform
-from daft_domainbed.runtime.randomness import preserve_states
 
 FINISH = [transforms.ToTensor(), transforms.Normalize([0.4, 0.5, 0.6], [0.2, 0.3, 0.4])]
 FRACTIONS = st.floats(0, 1)
-
-
-@pytest.fixture(autouse=True)
-def keep_random_states() -> Iterator[None]:
-    with preserve_states():
-        yield
 
 
 @st.composite

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import errno
-import multiprocessing
+import json
 import os
-import queue
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from daft_domainbed.data.image_cache import CachedImages, cache_images
 from daft_domainbed.embedded.datasets import image_folder_class
 from daft_domainbed.errors import UsageError
 from daft_domainbed.runtime import locks, stopping
+from tests.processes import WarmPopen
 
 SIZES = [(7, 5), (40, 30), (1, 1), (30, 64)]
 
@@ -223,31 +224,30 @@ def test_folder_that_cannot_be_made_is_named(path: str, root: Path, tmp_path: Pa
         open_domain(root, folder)
 
 
-def make_cache(root: Path, folder: Path, start: Any, results: Any) -> None:
-    start.wait()
-    domain, said = open_domain(root, folder)
-    results.put((said, [domain.loader(path).tobytes() for path, _ in domain.samples]))
+# Waits until the other one is ready, too, then makes the cache, and leaves what was said and read.
+MAKER = """
+import json, sys, time
+from pathlib import Path
+from tests.data.test_image_cache import open_domain
+root, folder, place, name = Path({root!r}), Path({folder!r}), Path({place!r}), {name!r}
+(place / f"{{name}}.ready").touch()
+while len(list(place.glob("*.ready"))) < 2:
+    time.sleep(0.001)
+domain, said = open_domain(root, folder)
+pixels = [domain.loader(path).tobytes().hex() for path, _ in domain.samples]
+(place / f"{{name}}.json").write_text(json.dumps([said, pixels]))
+"""
 
 
-def test_two_processes_make_it_once(root: Path, folder: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    start, results = context.Barrier(2), context.Queue()
-    processes = [context.Process(target=make_cache, args=(root, folder, start, results)) for _ in range(2)]
-    for process in processes:
-        process.start()
-    try:
-        answers = [results.get(timeout=120) for _ in processes]
-    except queue.Empty:
-        pytest.fail("the processes wait for each other")
-    finally:
-        for process in processes:
-            process.join(timeout=60)
-    assert [process.exitcode for process in processes] == [0, 0]
-    said = [text for texts, _ in answers for text in texts]
-    assert len([text for text in said if text.startswith("decoding")]) == 1
-    assert (
-        answers[0][1] == answers[1][1] == [default_loader(path).tobytes() for path, _ in ImageFolder(str(root)).samples]
-    )
+def test_two_processes_make_it_once(
+    root: Path, folder: Path, tmp_path: Path, start_script: Callable[[str], WarmPopen]
+) -> None:
+    places = {"root": str(root), "folder": str(folder), "place": str(tmp_path)}
+    processes = [start_script(MAKER.format(**places, name=name)) for name in ("a", "b")]
+    assert [process.wait(120) for process in processes] == [0, 0]
+    (said, pixels), (others, same) = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("a", "b"))
+    assert len([text for text in said + others if text.startswith("decoding")]) == 1
+    assert pixels == same == [default_loader(path).tobytes().hex() for path, _ in ImageFolder(str(root)).samples]
 
 
 def test_process_that_waits_can_be_stopped(root: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,15 +22,8 @@ from daft_domainbed.embedded.datasets import build_transform, image_folder_class
 from daft_domainbed.embedded.domains import DrawingsDomain, InMemoryDomain
 from daft_domainbed.embedded.misc import SplitDataset
 from daft_domainbed.errors import UsageError
-from daft_domainbed.runtime.randomness import capture_states, preserve_states, restore_states, seed_everything
+from daft_domainbed.runtime.randomness import capture_states, restore_states, seed_everything
 from tests.upstream_loader import iterate
-
-
-@pytest.fixture(autouse=True)
-def seeded() -> Iterator[None]:
-    with preserve_states():
-        seed_everything(0)
-        yield
 
 
 class Brightened(TensorDataset):

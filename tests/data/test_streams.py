@@ -22,7 +22,7 @@ from torch.utils.data import (
 )
 
 from daft_domainbed.data.streams import Stream
-from daft_domainbed.runtime.randomness import capture_states, preserve_states, restore_states, seed_everything
+from daft_domainbed.runtime.randomness import capture_states, restore_states, seed_everything
 from tests.upstream_loader import iterate
 
 KINDS = ("training", "evaluation", "balanced")
@@ -43,12 +43,6 @@ class Jittered(Dataset[Any]):
         return torch.tensor(
             [index, random.random(), np.random.rand(), torch.rand(()).item()], dtype=torch.float64
         ), index
-
-
-@pytest.fixture(autouse=True)
-def keep_random_states() -> Iterator[None]:
-    with preserve_states():
-        yield
 
 
 def make_weights(size: int) -> Tensor:

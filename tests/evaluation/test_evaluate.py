@@ -3,10 +3,10 @@ from __future__ import annotations
 import itertools
 import json
 import random
-import time
-from collections.abc import Callable, Iterator
+import subprocess
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from daft_domainbed.evaluation.evaluate import EvaluateArgs, evaluate
 from daft_domainbed.evaluation.outside import find_outside
 from daft_domainbed.evaluation.suites import SUITES, Suite
 from daft_domainbed.host.checkpoints import load_checkpoint
-from daft_domainbed.runtime.randomness import preserve_states
+from tests.processes import WarmPopen, wait_until
 
 ENVS = ["day", "dusk", "night"]
 KEYS = [
@@ -59,7 +59,7 @@ def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+def trained(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A student with its teacher, and another plain model; not to be written to."""
     from daft_domainbed.arguments import TrainArgs
     from daft_domainbed.training.engine import train
@@ -73,13 +73,7 @@ def trained(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         train(TrainArgs(algorithm=algorithm, hparams=text, output_dir=str(root / name), **flags), quiet=True)
         return root / name / "model.pkl"
 
-    with preserve_states():
-        paths = {"erm": make("erm", "ERM"), "kd": make("kd", "KD", teacher_backbone="resnet8_w8")}
-    yield paths
-    from daft_domainbed.host.contract import find_host
-    from daft_domainbed.plugin.registration import unregister
-
-    unregister(find_host())
+    return {"erm": make("erm", "ERM"), "kd": make("kd", "KD", teacher_backbone="resnet8_w8")}
 
 
 @pytest.fixture
@@ -203,11 +197,12 @@ def test_it_goes_on_wherever_it_was_killed(
         assert drop_cost(judge(suite="quick", ood=["noise"])) == whole
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_kill_9_at_ten_random_moments_changes_nothing(
-    trained: dict[str, Path], tmp_path: Path, start_script: Callable[[str], BaseProcess]
+    trained: dict[str, Path], tmp_path: Path, start_script: Callable[[str], WarmPopen]
 ) -> None:
-    def start(folder: str) -> BaseProcess:
+    def start(folder: str) -> WarmPopen:
         return start_script(
             "import dataclasses\n"
             "from daft_domainbed.evaluation import evaluate, suites\n"
@@ -217,20 +212,20 @@ def test_kill_9_at_ten_random_moments_changes_nothing(
             f" device='cpu', output_dir={str(tmp_path / folder)!r}))\n"
         )
 
-    draw = random.Random(0)
+    def has_lines(n_lines: int) -> bool:
+        return journal.exists() and journal.read_bytes().count(b"\n") >= n_lines
+
+    draw, journal = random.Random(0), tmp_path / "killed/journal.jsonl"
     for _ in range(10):
-        process = start("killed")
-        journal, n_lines = tmp_path / "killed/journal.jsonl", draw.randrange(1, 20)
-        while process.is_alive() and (not journal.exists() or journal.read_bytes().count(b"\n") < n_lines):
-            time.sleep(0.01)
-        time.sleep(draw.uniform(0, 0.1))
+        process, n_lines = start("killed"), draw.randrange(1, 20)
+        wait_until(lambda process=process, n_lines=n_lines: process.poll() is not None or has_lines(n_lines))
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(draw.uniform(0, 0.1))
         process.kill()
-        process.join()
+        process.wait()
     models = []
     for folder in ("killed", "whole"):
-        process = start(folder)
-        process.join()
-        assert process.exitcode == 0
+        assert start(folder).wait() == 0
         models.append(drop_cost(json.loads((tmp_path / folder / "evaluation.json").read_text())))
     assert models[0] == models[1]
 

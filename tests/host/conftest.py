@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from daft_domainbed import plugin
@@ -41,15 +40,6 @@ def upstream(clone: str) -> Iterator[contract.Host]:
     plugin.unregister(host)
     yield host
     plugin.unregister(host)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """As DomainBed's runs here have: sums may depend on the number of threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
-
-from daft_domainbed import plugin
 from daft_domainbed.arguments import SweepArgs
-from daft_domainbed.host import contract
 from daft_domainbed.launch.job import Job
 from daft_domainbed.launch.options import Options
 from daft_domainbed.launch.plan import make_plan
 from daft_domainbed.launch.plan_file import write_plan
 from daft_domainbed.launch.schedule import Observer
 from daft_domainbed.launch.work import do_job
-from daft_domainbed.runtime.randomness import preserve_states
 from tests.conftest import HPARAMS, TEACHER_HPARAMS
 
 
@@ -50,26 +43,43 @@ def plan(root: Path, *algorithms: str, **flags: Any) -> list[Job]:
     return jobs
 
 
+class Silence:
+    """An observer that is told everything and does nothing."""
+
+    def start(self, job: Job) -> None: ...
+    def advance(self, job: Job, step: int, n_steps: int) -> None: ...
+    def end(self, job: Job, failure: str | None, seconds: float) -> None: ...
+
+
+def make_hold(folder: Path, algorithm: str, at: int, until: str = "stopping.is_requested()", times: int = 99) -> str:
+    """Return code that has an algorithm's runs wait in the update of that number until something is true.
+
+    Each leaves a file `held-<process>` in the folder when it begins to wait; with so many there, no other one waits.
+    """
+    return f"""
+import os, time
+from pathlib import Path
+from daft_domainbed import plugin
+from daft_domainbed.host.contract import find_host
+from daft_domainbed.runtime import stopping
+plugin.register(find_host())
+kind, left = find_host().algorithms.{algorithm}, {at}
+update = kind.update
+def update_or_wait(self, *args):
+    global left
+    left -= 1
+    if left == 0 and len(list(Path({str(folder)!r}).glob("held-*"))) < {times}:
+        Path({str(folder)!r}, f"held-{{os.getpid()}}").touch()
+        while not ({until}):
+            time.sleep(0.01)
+    return update(self, *args)
+kind.update = update_or_wait
+"""
+
+
 def run_here(
     root: Path, jobs: Sequence[Job], options: Options | None = None, observer: Observer | None = None
 ) -> dict[str, str]:
     """A launcher that does all in this process, one job after another."""
     outcomes = {job.folder: do_job(root, job, threads=1) for job in jobs}
     return {folder: outcome.reason for folder, outcome in outcomes.items() if outcome.kind == "failed"}
-
-
-@contextmanager
-def preserving() -> Iterator[None]:
-    """Leave random states, threads and host as they were before jobs ran in this process."""
-    threads = torch.get_num_threads()
-    with preserve_states():
-        yield
-    torch.set_num_threads(threads)
-    plugin.unregister(contract.find_host())
-
-
-@pytest.fixture
-def in_process() -> Iterator[None]:
-    """Lets jobs run in this process."""
-    with preserving():
-        yield

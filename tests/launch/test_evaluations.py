@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,17 +20,11 @@ ASKED = {"suite": "quick", "n_examples": 2, "norm": ["linf"], "device": "cpu"}
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sweep of KD over three domains, done, and then evaluated."""
-    from daft_domainbed.host.contract import find_host
-    from daft_domainbed.plugin.registration import unregister
-    from daft_domainbed.runtime.randomness import preserve_states
-
     folder = tmp_path_factory.mktemp("sweep")
-    with preserve_states():
-        assert run_here(folder, plan(folder, "KD")) == {}
-    yield folder
-    unregister(find_host())
+    assert run_here(folder, plan(folder, "KD")) == {}
+    return folder
 
 
 @pytest.fixture(autouse=True)

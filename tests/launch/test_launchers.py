@@ -8,7 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,6 @@ from daft_domainbed.runtime import stopping
 from daft_domainbed.runtime.stopping import Stopped
 from tests.launch.conftest import plan
 from tests.launch.test_local import Diary
-
-pytestmark = pytest.mark.usefixtures("in_process")
 
 Own = Callable[[Callable[[list[str]], Any]], launchers.Launcher]
 
@@ -197,14 +195,13 @@ def test_signal_does_not_wait_for_a_launcher_that_never_asks(tmp_path: Path, own
 
 
 @pytest.fixture
-def registry() -> Iterator[dict[str, Any]]:
+def registry() -> dict[str, Any]:
     """The launchers of the user's clone of DomainBed."""
     if not os.environ.get("DOMAINBED_ROOT"):
         pytest.skip("DOMAINBED_ROOT is not set: no clone of DomainBed")
     host = contract.find_host("upstream")
     plugin.unregister(host)
-    yield importlib.import_module("domainbed.command_launchers").REGISTRY
-    plugin.unregister(host)
+    return importlib.import_module("domainbed.command_launchers").REGISTRY  # type: ignore[no-any-return]
 
 
 def test_registry_of_domainbed_is_known_with_its_host(

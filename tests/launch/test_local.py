@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +19,13 @@ from daft_domainbed.launch.job import Job
 from daft_domainbed.launch.local import list_gpus, run_local, run_multi_gpu
 from daft_domainbed.launch.options import Options
 from daft_domainbed.launch.plan import make_plan
+from tests import conftest
+from tests.conftest import HPARAMS, TEACHER_HPARAMS, strip_times
+from tests.launch.conftest import make_hold
+from tests.processes import WarmPopen, list_group, run_warm, wait_until
 
-TINY = {"batch_size": 8, "backbone": "resnet8_w2", "teacher_backbone": "resnet8_w4"}
-CLOCKS = {"step_time", "seconds", "started"}
+TINY = HPARAMS | TEACHER_HPARAMS
+Start = Callable[..., WarmPopen]
 
 
 class Diary:
@@ -74,21 +76,15 @@ def run(root: Path, jobs: list[Job], n_jobs: int = 2) -> tuple[dict[str, str], D
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
     """A run's records without what a clock or the place says."""
+    return [strip_times(record) for record in conftest.read_records(folder)]
 
-    def strip(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: strip(item) for name, item in value.items() if name not in CLOCKS}
-        return value
 
-    records = [strip(json.loads(line)) for line in (folder / "results.jsonl").read_text().splitlines()]
-    for record in records:
-        del record["args"]["output_dir"], record["args"]["teachers_dir"]
-    return records
+pytestmark = pytest.mark.usefixtures("warm_servers")
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Job], dict[str, str], Diary]:
-    """A sweep that was run two jobs at a time."""
+    """A sweep that was run two jobs at a time, by a server that has nothing of the tests."""
     root = tmp_path_factory.mktemp("sweep")
     jobs = plan(root)
     return root, jobs, *run(root, jobs)
@@ -194,96 +190,71 @@ def test_failure_is_forgotten_at_the_next_launch(finished: Finished, tmp_path: P
 
 # --- kill -9 ---------------------------------------------------------------------------------------------------------
 
-KD_SWEEP = SweepArgs(
-    datasets=["Debug28"],
-    algorithms=["KD"],
-    output_dir="",
-    n_trials=1,
-    n_hparams=1,
-    single_test_envs=True,
-    steps=200,
-    checkpoint_freq=10,
-    hparams=json.dumps(TINY),
-    device="cpu",
-)
-COMMAND = [
-    *(sys.executable, "-m", "daft_domainbed.scripts.run", "--dataset", "Debug28", "--algorithms", "KD"),
-    *("--steps", "200", "--checkpoint_freq", "10", "--n_jobs", "2", "--device", "cpu", "--hparams", json.dumps(TINY)),
+KD_FLAGS = [
+    *("--dataset", "Debug28", "--algorithms", "KD", "--steps", "9", "--checkpoint_freq", "2", "--device", "cpu"),
+    *("--n_jobs", "2", "--hparams", json.dumps(TINY)),
 ]
 
 
-def list_group(group: int) -> list[int]:
-    """Return the processes of a group that are not dead, as /proc tells them."""
-    members = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            pid, _, rest = path.read_text().partition(" (")
-        except OSError:
-            continue  # gone in the meantime
-        state, _, process_group = rest.rpartition(") ")[2].split()[:3]
-        if int(process_group) == group and state != "Z":
-            members.append(int(pid))
-    return members
-
-
-def wait_until(condition: Callable[[], Any], seconds: float = 120.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.005)
-
-
-@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for orphans in /proc")
-def test_killed_launcher_leaves_no_orphan_and_its_sweep_goes_on(tmp_path: Path) -> None:
+def test_killed_launcher_leaves_no_orphan_and_its_sweep_goes_on(tmp_path: Path, start_script: Start) -> None:
     root, whole = tmp_path / "killed", tmp_path / "whole"
-    command = [*COMMAND, "--output_dir", str(root)]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    launcher = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
-
-    def list_begun_students() -> list[Path]:
-        """Students whose teacher is done, and who have written some of their 21 records."""
-        paths = root.glob("*/results.jsonl")
-        return [path.parent for path in paths if 2 <= path.read_bytes().count(b"\n") <= 12]
-
-    wait_until(list_begun_students)
-    assert len(list_group(launcher.pid)) > 2  # launcher, server, job
-    launcher.kill()
-    launcher.wait()
-    wait_until(lambda: not list_group(launcher.pid), seconds=30)
-    begun = [folder for folder in list_begun_students() if not (folder / "done").exists()]
+    flags = [*KD_FLAGS, "--output_dir", str(root)]
+    code = f"""
+from daft_domainbed.cli import run_command
+{make_hold(tmp_path, "KD", 5, until="False")}
+run_command("run", {flags!r})
+"""
+    launcher = start_script(code, start_new_session=True)
+    # Both places are taken by students in the middle; their teachers are done.
+    wait_until(lambda: len(list(tmp_path.glob("held-*"))) == 2 or launcher.poll() is not None)
+    assert len(list_group(launcher.pid)) == 4  # launcher, server, two jobs
+    begun = [path.parent for path in root.glob("*/results.jsonl")]
     done = {path.parent: path.stat().st_mtime_ns for path in root.rglob("done")}
     records = {folder: (folder / "results.jsonl").read_bytes() for folder in done}
-    assert begun and done
+    assert (len(begun), len(done)) == (2, 3)
+    launcher.kill()
+    wait_until(lambda: not list_group(launcher.pid), "the last orphan ends", seconds=30)
+    assert not any((folder / "done").exists() for folder in begun)
     assert not list(root.rglob("failed"))
 
-    again = subprocess.run(command, env=environment, capture_output=True, text=True)
+    again = run_warm([sys.executable, "-m", "daft_domainbed.scripts.run", *flags])
     assert again.returncode == 0, again.stderr
     # What was done was left alone, what was begun was gone on with, and its numbers show nothing of it.
-    assert f"[{len(done) + 1}/6]" in again.stderr
+    assert "[4/6]" in again.stderr and "[3/6]" not in again.stderr
     assert {folder: (folder / "done").stat().st_mtime_ns for folder in done} == done
     assert {folder: (folder / "results.jsonl").read_bytes() for folder in done} == records
-    jobs = {job.folder: job for job in make_plan(replace(KD_SWEEP, output_dir=str(whole)))}
+    sweep = SweepArgs(
+        datasets=["Debug28"],
+        algorithms=["KD"],
+        output_dir=str(whole),
+        n_trials=1,
+        n_hparams=1,
+        single_test_envs=True,
+        steps=9,
+        checkpoint_freq=2,
+        hparams=json.dumps(TINY),
+        device="cpu",
+    )
+    assert run(whole, make_plan(sweep))[0] == {}
     for folder in begun:
         assert "going on at step" in (folder / "err.txt").read_text()
-        student = jobs[folder.name]
-        assert run(whole, [*(jobs[need] for need in student.needs), student])[0] == {}
         assert read_records(folder) == read_records(whole / folder.name)
 
 
 def test_killed_job_is_reported_and_goes_on_at_the_next_launch(tmp_path: Path) -> None:
     (job,) = [job for job in plan(tmp_path) if job.args.algorithm == "ERM" and job.stage == "student"]
-    job = replace(job, args=replace(job.args, steps=400, checkpoint_freq=20))
+    (tmp_path / "hold.py").write_text(make_hold(tmp_path, "ERM", 3, until="False"))
     folder = tmp_path / job.folder
 
     class Killer(Diary):
         def advance(self, job: Job, step: int, n_steps: int) -> None:
-            os.kill(
-                json.loads((folder / ".lock").read_text())["pid"], signal.SIGKILL
-            )  # at its first report, after one step
+            wait_until(lambda: list(tmp_path.glob("held-*")))
+            os.kill(json.loads((folder / ".lock").read_text())["pid"], signal.SIGKILL)
 
-    failures = run_local(tmp_path, [job], Options(n_jobs=1), Killer())
+    held = replace(job, imports=[str(tmp_path / "hold.py")])
+    failures = run_local(tmp_path, [held], Options(n_jobs=1), Killer())
     assert failures == {job.folder: "its process was ended from outside; the same command goes on where it was"}
     assert not (folder / "failed").exists()
     assert run(tmp_path, [job])[0] == {}
-    assert [record["step"] for record in read_records(folder)] == [*range(0, 400, 20), 399]
+    assert [record["step"] for record in read_records(folder)] == [0, 2, 4, 5]

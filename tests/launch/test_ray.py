@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
+import shutil
 import signal
-import subprocess
-import sys
-import time
+import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,131 +23,139 @@ from daft_domainbed.launch.options import Options
 from daft_domainbed.launch.plan import make_plan
 from daft_domainbed.launch.ray import run_ray
 from daft_domainbed.launch.schedule import Observer
+from tests.conftest import HPARAMS, TEACHER_HPARAMS
+from tests.launch.conftest import Silence, make_hold
+from tests.processes import REPOSITORY, WarmPopen, wait_until
+from tests.states import preserving
 
-ray = pytest.importorskip("ray", reason="Ray is not installed: tools/install_services.sh brings it")
+pytest.importorskip("ray", reason="Ray is not installed: tools/install_services.sh brings it")
 pytestmark = pytest.mark.slow
 
-TINY = {"batch_size": 8, "backbone": "resnet8_w2", "teacher_backbone": "resnet8_w4"}
+Outcome = Callable[[Path], dict[str, str]]
+StartScript = Callable[..., WarmPopen]
 
 
-class Silence:
-    """An observer that is told everything and does nothing."""
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Options]:
+    """A Ray cluster of this machine, as a person would have one running, and how a sweep is launched there."""
+    from ray.cluster_utils import Cluster
 
-    def start(self, job: Job) -> None: ...
-    def advance(self, job: Job, step: int, n_steps: int) -> None: ...
-    def end(self, job: Job, failure: str | None, seconds: float) -> None: ...
-
-
-@pytest.fixture
-def cluster() -> Iterator[str]:
-    """A Ray cluster of this machine, as a person would have one running; its address."""
-    context = ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
-    address = context.address_info["gcs_address"]
-    yield address
-    ray.shutdown()
+    folder = tempfile.mkdtemp(prefix="ray-")  # the path of a socket has to be short
+    os.environ["PYTHONPATH"] = str(REPOSITORY)
+    cluster = Cluster(True, head_node_args={"num_cpus": 2, "include_dashboard": False, "temp_dir": folder})
+    yield Options(n_jobs=2, ray_address=cluster.address)
+    assert cluster.head_node.remaining_processes_alive()
+    with preserving():
+        cluster.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
-def plan(root: Path, steps: int = 6, **user: Any) -> list[Job]:
-    """All stages of ERM and DAFT with Debug28's first domain held out: four jobs."""
+def plan(root: Path, *algorithms: str, **user: Any) -> list[Job]:
+    """All stages of some algorithms with Debug28's first domain held out."""
     sweep = SweepArgs(
         datasets=["Debug28"],
-        algorithms=["ERM", "DAFT"],
+        algorithms=list(algorithms),
         output_dir=str(root),
         n_trials=1,
         n_hparams=1,
         single_test_envs=True,
-        steps=steps,
+        steps=6,
         checkpoint_freq=2,
-        hparams=json.dumps(TINY | user),
+        hparams=json.dumps(HPARAMS | (TEACHER_HPARAMS if algorithms != ("ERM",) else {}) | user),
         device="cpu",
     )
     return [job for job in make_plan(sweep) if job.args.test_envs == [0]]
 
 
-def read_weights(root: Path, jobs: list[Job]) -> list[bytes]:
-    from daft_domainbed.models import weights
+@pytest.fixture
+def launch(tmp_path: Path, start_script: StartScript) -> Callable[..., tuple[int, dict[str, str]]]:
+    """Launches in a process of its own, which Ray changes; returns its number and the failures."""
 
-    models = [weights.load(root / job.folder / "model.pkl")["model_dict"] for job in jobs]
-    return [b"".join(weight.numpy().tobytes() for weight in model.values()) for model in models]
+    def run(root: Path, jobs: list[Job], options: Options, observer: Observer) -> tuple[int, dict[str, str]]:
+        (tmp_path / "call").write_bytes(pickle.dumps((root, jobs, options, observer)))
+        with (tmp_path / "log").open("w") as log:
+            process = start_script(
+                f"""
+import json, pickle
+from pathlib import Path
+from daft_domainbed.launch.ray import run_ray
+place = Path({str(tmp_path)!r})
+(place / "failures").write_text(json.dumps(run_ray(*pickle.loads((place / "call").read_bytes()))))
+""",
+                stderr=log,
+            )
+        assert process.wait(300) == 0, (tmp_path / "log").read_text()
+        return process.pid, json.loads((tmp_path / "failures").read_text())
+
+    return run
 
 
-def wait_until(condition: Callable[[], Any], seconds: float = 120.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.01)
-
-
-def test_same_numbers_as_local_and_nothing_left_behind(tmp_path: Path) -> None:
-    jobs = plan(tmp_path / "ray")
-    assert run_ray(tmp_path / "ray", jobs, Options(n_jobs=2), Silence()) == {}
-    local = plan(tmp_path / "local")
+@pytest.mark.usefixtures("warm_servers")
+def test_same_numbers_as_local_and_nothing_left_behind(
+    launch: Callable[..., tuple[int, dict[str, str]]], tmp_path: Path, outcome: Outcome
+) -> None:
+    jobs = plan(tmp_path / "ray", "ERM", "DAFT")
+    launcher, failures = launch(tmp_path / "ray", jobs, Options(n_jobs=2), Silence())
+    assert failures == {}
+    local = plan(tmp_path / "local", "ERM", "DAFT")
     assert run_local(tmp_path / "local", local, Options(n_jobs=2), Silence()) == {}
-    assert read_weights(tmp_path / "ray", jobs) == read_weights(tmp_path / "local", local)
-    assert not ray.is_initialized()
-    assert not list(Path("/tmp").glob(f"daft_ray_{os.getpid()}_*"))
+    assert outcome(tmp_path / "ray") == outcome(tmp_path / "local")
+    assert not list(Path(tempfile.gettempdir()).glob(f"daft_ray_{launcher}_*"))
     # With everything done, none is started.
     assert run_ray(tmp_path / "ray", jobs, Options(ray_address="nowhere:1"), Silence()) == {}
 
 
 class Killer(Silence):
-    """Kills the first job's process once, at its first report."""
+    """Kills the process of the job that is held, once."""
 
-    def __init__(self, root: Path) -> None:
-        self.root, self.killed = root, 0
+    def __init__(self, place: Path) -> None:
+        self.place, self.has_killed = place, False
 
     def advance(self, job: Job, step: int, n_steps: int) -> None:
-        if not self.killed and step < n_steps:
-            lock = json.loads((self.root / job.folder / ".lock").read_text())
-            os.kill(lock["pid"], signal.SIGKILL)
-            self.killed += 1
+        if not self.has_killed:
+            wait_until(lambda: list(self.place.glob("held-*")))
+            (held,) = self.place.glob("held-*")
+            os.kill(int(held.name.partition("-")[2]), signal.SIGKILL)
+            self.has_killed = True
 
 
-def test_a_lost_worker_s_job_goes_on_in_another(tmp_path: Path) -> None:
-    jobs = [job for job in plan(tmp_path / "ray", steps=3000) if job.stage == "student" and job.args.algorithm == "ERM"]
-    killer: Observer = Killer(tmp_path / "ray")
-    assert run_ray(tmp_path / "ray", jobs, Options(n_jobs=1), killer) == {}
-    assert killer.killed == 1  # type: ignore[attr-defined]
-    assert "going on at step" in (tmp_path / "ray" / jobs[0].folder / "err.txt").read_text()
-
-
-def test_a_failed_teacher_marks_its_student(tmp_path: Path) -> None:
-    jobs = [job for job in plan(tmp_path, teacher_weights=str(tmp_path / "nowhere.pt")) if job.args.algorithm != "ERM"]
-    jobs = [job for job in plan(tmp_path, teacher_weights=str(tmp_path / "nowhere.pt")) if job not in jobs][:1] + jobs
-    failures = run_ray(tmp_path, jobs, Options(n_jobs=1), Silence())
-    assert set(failures) == {job.folder for job in jobs}
-    assert "nowhere.pt" in failures[jobs[0].folder]
-    assert failures[jobs[-1].folder] == f"its teacher {jobs[-1].needs[0]} failed"
+def test_a_lost_worker_s_job_goes_on_in_another_and_a_failed_teacher_marks_its_student(
+    cluster: Options, launch: Callable[..., tuple[int, dict[str, str]]], tmp_path: Path
+) -> None:
+    root = tmp_path / "ray"
+    (job,) = plan(root, "ERM")
+    (tmp_path / "hold.py").write_text(make_hold(tmp_path, "ERM", 4, until="False", times=1))
+    held = replace(job, imports=[str(tmp_path / "hold.py")])
+    teacher, student = plan(root, "KD", teacher_weights=str(tmp_path / "nowhere.pt"))
+    _, failures = launch(root, [held, teacher, student], cluster, Killer(tmp_path))
+    assert "going on at step" in (root / job.folder / "err.txt").read_text()
+    assert set(failures) == {teacher.folder, student.folder}
+    assert "nowhere.pt" in failures[teacher.folder]
+    assert failures[student.folder] == f"its teacher {teacher.folder} failed"
 
 
 def test_address_without_a_cluster_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--ray_address 127.0.0.1:9: no Ray cluster answers there"):
-        run_ray(tmp_path, plan(tmp_path), Options(ray_address="127.0.0.1:9"), Silence())
+        run_ray(tmp_path, plan(tmp_path, "ERM"), Options(ray_address="127.0.0.1:9"), Silence())
 
 
-def test_running_cluster_is_used_and_left_running(cluster: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "daft_domainbed.scripts.sweep", "launch", "--datasets", "Debug28"]
-    command += ["--algorithms", "ERM", "--n_trials", "1", "--n_hparams", "1", "--single_test_envs", "--steps", "4"]
-    command += ["--hparams", json.dumps({"batch_size": 8, "backbone": "resnet8_w2"}), "--skip_confirmation"]
-    command += ["--command_launcher", "ray", "--ray_address", cluster, "--output_dir", str(tmp_path / "sweep")]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert len(list((tmp_path / "sweep").glob("*/done"))) == 3
-    assert ray.cluster_resources()["CPU"] == 2
-
-
-def test_stopping_saves(tmp_path: Path) -> None:
-    root = tmp_path / "sweep"
-    command = [sys.executable, "-m", "daft_domainbed.scripts.sweep", "launch", "--datasets", "Debug28"]
-    command += ["--algorithms", "ERM", "--n_trials", "1", "--n_hparams", "1", "--single_test_envs", "--steps", "20000"]
-    command += ["--checkpoint_freq", "20000", "--hparams", json.dumps({"batch_size": 8, "backbone": "resnet8_w2"})]
-    command += ["--skip_confirmation", "--command_launcher", "ray", "--n_jobs", "1", "--output_dir", str(root)]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    launcher = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-    wait_until(lambda: list(root.glob("*/results.jsonl")))
+def test_stopping_saves_and_leaves_a_running_cluster_alone(
+    cluster: Options, tmp_path: Path, start_script: StartScript
+) -> None:
+    root, path = tmp_path / "sweep", tmp_path / "log"
+    argv = ["launch", "--datasets", "Debug28", "--algorithms", "ERM", "--n_trials", "1", "--n_hparams", "1"]
+    argv += ["--single_test_envs", "--steps", "100000", "--checkpoint_freq", "100000", "--hparams", json.dumps(HPARAMS)]
+    argv += ["--skip_confirmation", "--command_launcher", "ray", "--n_jobs", "1", "--output_dir", str(root)]
+    code = f"""
+import sys
+from daft_domainbed.cli import run_command
+sys.exit(run_command("sweep", {[*argv, "--ray_address", cluster.ray_address]!r}))
+"""
+    with path.open("w") as log:
+        launcher = start_script(code, stderr=log)
+    wait_until(lambda: list(root.glob("*/results.jsonl")) or launcher.poll() is not None)
     launcher.terminate()
-    _, errors = launcher.communicate(timeout=120)
-    assert launcher.returncode == 128 + signal.SIGTERM, errors
-    assert errors.splitlines()[-1].endswith("have saved where they are; the same command goes on")
+    assert launcher.wait(120) == 128 + signal.SIGTERM, path.read_text()
+    assert path.read_text().splitlines()[-1].endswith("have saved where they are; the same command goes on")
     assert not list(root.glob("*/.lock"))
+    assert len(list(root.glob("*/resume.pt"))) == 1

@@ -13,20 +13,17 @@ from daft_domainbed.launch.job import Job
 from daft_domainbed.launch.retention import remove_weights
 from daft_domainbed.launch.states import is_done, read_states
 from daft_domainbed.runtime.locks import claim
-from tests.launch.conftest import plan, preserving, run_here
+from tests.launch.conftest import plan, run_here
 
 Outcome = Callable[[Path], dict[str, str]]
 ALGORITHMS = ("ERM", "KD", "DAFT")
-
-pytestmark = pytest.mark.usefixtures("in_process")
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished sweep of ERM, KD and DAFT; not to be written to."""
     root = tmp_path_factory.mktemp("finished")
-    with preserving():
-        assert run_here(root, plan(root, *ALGORITHMS)) == {}
+    assert run_here(root, plan(root, *ALGORITHMS)) == {}
     return root
 
 
@@ -35,8 +32,7 @@ def grown(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with a second draw of hyperparameters, of which nothing was ever removed."""
     root = tmp_path_factory.mktemp("grown")
     shutil.copytree(finished, root, dirs_exist_ok=True)
-    with preserving():
-        assert run_here(root, plan(root, *ALGORITHMS, n_hparams=2)) == {}
+    assert run_here(root, plan(root, *ALGORITHMS, n_hparams=2)) == {}
     return root
 
 

@@ -212,7 +212,7 @@ ENDS = ["done", "done", "failed"]
 def look_always() -> Iterator[None]:
     """Other launches are looked at again at once."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(schedule, "_SECONDS_BETWEEN_LOOKS", 0.0)
+        patch.setattr(schedule, "SECONDS_BETWEEN_LOOKS", 0.0)
         yield
 
 
@@ -335,7 +335,7 @@ def test_other_launches_are_looked_at_from_time_to_time_only(tmp_path: Path, mon
         looks.append(now[0])
         return now[0] < 2.5
 
-    monkeypatch.setattr(schedule, "_SECONDS_BETWEEN_LOOKS", 1.0)
+    monkeypatch.setattr(schedule, "SECONDS_BETWEEN_LOOKS", 1.0)
     monkeypatch.setattr(schedule, "time", Clock)
     monkeypatch.setattr(schedule, "is_claimed", look)
     world = World(Sweep([make_job("one")], {"one": ["done"]}), tmp_path)

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -30,23 +29,16 @@ from daft_domainbed.launch.slurm import Element, list_queued, submit_slurm
 from daft_domainbed.launch.states import read_failure
 from daft_domainbed.launch.work import do_job
 from daft_domainbed.runtime import locks, stopping
-from tests.services import Slurm, find_missing, wait_until
+from tests.launch.conftest import Silence, make_hold
+from tests.processes import REPOSITORY, WarmPopen, wait_until
+from tests.services import Slurm, find_missing
 
 pytest.importorskip("submitit", reason="submitit is not installed: tools/install_services.sh brings it")
 
 MISSING = find_missing()
-REPOSITORY = Path(__file__).parents[2]
 TINY = {"batch_size": 8, "backbone": "resnet8_w2"}
 
 Outcome = Callable[[Path], dict[str, str]]
-
-
-class Silence:
-    """An observer that is told everything and does nothing."""
-
-    def start(self, job: Job) -> None: ...
-    def advance(self, job: Job, step: int, n_steps: int) -> None: ...
-    def end(self, job: Job, failure: str | None, seconds: float) -> None: ...
 
 
 def plan(root: Path, *algorithms: str, n_trials: int = 1, steps: int = 6, **user: Any) -> list[Job]:
@@ -81,35 +73,33 @@ def read_logs(root: Path) -> str:
 
 # --- a real cluster --------------------------------------------------------------------------------------------------
 
-STEPS = 600
 
-
-@pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Slurm]:
+@pytest.fixture(scope="module")
+def running_cluster() -> Iterator[Slurm]:
     if MISSING:
         pytest.skip(f"Slurm is not installed (no {', '.join(MISSING)}): tools/install_services.sh brings it")
     with Slurm() as cluster:
-        monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
-        for name, value in cluster.environment.items():
-            monkeypatch.setenv(name, value)
         yield cluster
     assert not cluster.list_processes()
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sweep of one job, run without Slurm."""
-    root = tmp_path_factory.mktemp("undisturbed")
-    run_here(root, plan(root, "ERM", steps=STEPS)[:1])
-    return root
+@pytest.fixture
+def cluster(running_cluster: Slurm, monkeypatch: pytest.MonkeyPatch) -> Iterator[Slurm]:
+    """A cluster without jobs, which is this process's for a test."""
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    for name, value in running_cluster.environment.items():
+        monkeypatch.setenv(name, value)
+    yield running_cluster
+    running_cluster.cancel_all()
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("warm_servers")
 def test_same_runs_as_local_and_nothing_is_submitted_twice(
     cluster: Slurm, tmp_path: Path, outcome: Outcome, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def choose(root: Path) -> list[Job]:
-        jobs = plan(root, "ERM", "KD", "DAFT")
+        jobs = plan(root, "ERM", "DAFT")
         plain = [job for job in jobs if job.args.algorithm == "ERM" and job.stage == "student"]
         return [job for job in jobs if job.args.test_envs == [0] or job in plain[:2]]
 
@@ -134,79 +124,60 @@ def test_same_runs_as_local_and_nothing_is_submitted_twice(
     assert not list(root.rglob(".*"))
 
 
-def hold(folder: Path) -> int:
-    """Hold a job still once it has begun, so that it cannot end before what is to happen to it; return its process."""
-    wait_until((folder / "results.jsonl").is_file, "the job has begun")
-    pid = int(json.loads((folder / ".lock").read_text())["pid"])
-    os.kill(pid, signal.SIGSTOP)
-    return pid
-
-
-def time_out(cluster: Slurm, job_id: str, pid: int) -> None:
+def time_out(cluster: Slurm, job_id: str) -> None:
     """The signal that Slurm sends before a job's time is up."""
     cluster.call("scancel", "--signal=USR2", job_id)
-    os.kill(pid, signal.SIGCONT)
 
 
-def preempt(cluster: Slurm, job_id: str, pid: int) -> None:
-    """Slurm wakes the job itself, to tell it."""
+def preempt(cluster: Slurm, job_id: str) -> None:
     cluster.submit("sleep 1", "--partition=high", "--cpus-per-task=2")
 
 
-def lose_node(cluster: Slurm, job_id: str, pid: int) -> None:
+def lose_node(cluster: Slurm, job_id: str) -> None:
     cluster.crash_node()
     cluster.start_node()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("disturb", [time_out, preempt, lose_node])
-def test_requeued_job_goes_on_and_its_numbers_show_nothing_of_it(
-    cluster: Slurm, undisturbed: Path, tmp_path: Path, outcome: Outcome, disturb: Callable[[Slurm, str, int], None]
+@pytest.mark.usefixtures("warm_servers")
+def test_job_goes_on_whatever_happens_to_it_and_its_numbers_show_nothing_of_it(
+    cluster: Slurm, tmp_path: Path, outcome: Outcome
 ) -> None:
-    jobs = plan(tmp_path, "ERM", steps=STEPS)[:1]
-    folder = tmp_path / jobs[0].folder
-    assert submit(tmp_path, jobs, {"partition": "low"}) is None
-    pid = hold(folder)
-    disturb(cluster, list_queued(tmp_path)[jobs[0].folder], pid)
-    cluster.wait_until_empty()
-    assert read_logs(tmp_path).count("Starting with JobEnvironment") == 2
-    assert "going on at step" in (folder / "err.txt").read_text()
-    expected = outcome(undisturbed / jobs[0].folder)
-    assert outcome(folder) == expected | {"err.txt": "there"}
+    root, whole = tmp_path / "slurm", tmp_path / "whole"
+    (job,) = plan(root, "ERM", steps=9)[:1]
+    # Each start waits at its second step for what is to happen to it.
+    (tmp_path / "hold.py").write_text(make_hold(tmp_path, "ERM", 2, times=4))
+    jobs = [replace(job, imports=[str(tmp_path / "hold.py")])]
+    folder = root / job.folder
 
+    def wait_for_start(number: int) -> str:
+        """Wait until it is held for that time, and return its name in Slurm."""
+        wait_until(lambda: len(list(tmp_path.glob("held-*"))) == number, f"start {number}")
+        assert read_logs(root).count("Starting with JobEnvironment") == number
+        return list_queued(root)[job.folder]
 
-@pytest.mark.slow
-def test_job_outlives_the_daemon_of_its_node(
-    cluster: Slurm, undisturbed: Path, tmp_path: Path, outcome: Outcome
-) -> None:
-    jobs = plan(tmp_path, "ERM", steps=STEPS)[:1]
-    folder = tmp_path / jobs[0].folder
-    assert submit(tmp_path, jobs) is None
-    pid = hold(folder)
+    assert submit(root, jobs, {"partition": "low"}) is None
+    for number, disturb in enumerate((time_out, preempt, lose_node), 1):
+        disturb(cluster, wait_for_start(number))
+    job_id = wait_for_start(4)
+    assert (folder / "err.txt").read_text().count("going on at step") == 3
+
+    # It outlives the daemon of its node.
     cluster.kill_node_daemon()
     cluster.start_node()
-    os.kill(pid, signal.SIGCONT)
-    cluster.wait_until_empty()
-    assert read_logs(tmp_path).count("Starting with JobEnvironment") == 1
-    assert outcome(folder) == outcome(undisturbed / jobs[0].folder)
+    wait_until(lambda: cluster.list_jobs() == {job_id: "RUNNING"}, "the node's daemon knows its job")
 
-
-@pytest.mark.slow
-def test_cancelled_job_saves_and_is_not_requeued_until_the_next_launch(
-    cluster: Slurm, undisturbed: Path, tmp_path: Path, outcome: Outcome
-) -> None:
-    jobs = plan(tmp_path, "ERM", steps=STEPS)[:1]
-    folder = tmp_path / jobs[0].folder
-    assert submit(tmp_path, jobs) is None
-    hold(folder)
-    cluster.call("scancel", list_queued(tmp_path)[jobs[0].folder])  # which wakes it
+    # Cancelled, it saves, and is not requeued until the next launch.
+    cluster.call("scancel", job_id)
     cluster.wait_until_empty()
-    assert f"{jobs[0].folder}: stopped." in read_logs(tmp_path)
+    assert f"{job.folder}: stopped." in read_logs(root)
     assert not (folder / "done").exists()
     assert not (folder / ".lock").exists()
-    assert submit(tmp_path, jobs) is None
+    assert submit(root, jobs) is None
     cluster.wait_until_empty()
-    assert outcome(folder) == outcome(undisturbed / jobs[0].folder) | {"err.txt": "there"}
+
+    run_here(whole, plan(whole, "ERM", steps=9)[:1])
+    assert outcome(folder) == outcome(whole / job.folder) | {"err.txt": "there"}
 
 
 @pytest.mark.slow
@@ -354,16 +325,17 @@ def test_silent_squeue_is_not_taken_for_an_empty_queue(fake: Fake, tmp_path: Pat
     assert len(fake.read_scripts()) == 1
 
 
-@pytest.mark.slow
 def test_two_launches_at_once_submit_each_job_once(fake: Fake, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "daft_domainbed.scripts.sweep", "launch", "--command_launcher", "slurm"]
     command += ["--datasets", "Debug28", "--algorithms", "ERM", "KD", "--n_trials", "3", "--n_hparams", "1"]
     command += ["--single_test_envs", "--max_array_size", "2", "--skip_confirmation"]
     command += ["--output_dir", str(tmp_path / "sweep"), "--hparams", json.dumps(TINY)]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    launches = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    errors = [launch.communicate(timeout=300)[1] for launch in launches]
-    assert [launch.returncode for launch in launches] == [0, 0], errors
+    with ExitStack() as stack:
+        logs = [stack.enter_context((tmp_path / f"log{i}").open("w+")) for i in range(2)]
+        launches = [WarmPopen(command, stderr=log) for log in logs]
+        statuses = [launch.wait(300) for launch in launches]
+        errors = [(tmp_path / f"log{i}").read_text() for i in range(2)]
+    assert statuses == [0, 0], errors
     submissions = json.loads((tmp_path / "sweep/slurm/jobs.json").read_text())["submissions"]
     folders = [folder for entry in submissions for folder in entry["folders"]]
     assert len(folders) == len(set(folders)) == 27
@@ -512,23 +484,24 @@ def test_stopped_job_is_requeued_while_slurm_counts_it_as_running(
     assert not (folder / "done").exists()
 
 
-@pytest.mark.slow
 def test_job_that_never_gets_anywhere_is_given_up(fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launcher, "_MOST_TIMEOUTS", 0)
-    jobs = plan(tmp_path / "sweep", "ERM", steps=STEPS)[:1]
+    monkeypatch.setattr(launcher, "MOST_TIMEOUTS", 0)
+    (tmp_path / "hold.py").write_text(make_hold(tmp_path, "ERM", 2))
+    jobs = [replace(plan(tmp_path / "sweep", "ERM")[0], imports=[str(tmp_path / "hold.py")])]
     assert submit(tmp_path / "sweep", jobs, {"time": "1"}) is None
     (fake.folder / "state").write_text("RUNNING")
     environment = {"SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": "1", "PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, "-m", "submitit.core._submit", str(tmp_path / "sweep/slurm")]
-    job = subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True)
+    with (tmp_path / "output").open("w") as file:
+        job = WarmPopen(command, env=os.environ | environment, stdout=file)
     try:
-        records = tmp_path / "sweep" / jobs[0].folder / "results.jsonl"
-        wait_until(lambda: records.is_file() or job.poll() is not None, "the job has begun")
+        wait_until(lambda: list(tmp_path.glob("held-*")) or job.poll() is not None, "the job has begun")
         job.send_signal(signal.SIGUSR2)  # its minute is nearly over
-        output, _ = job.communicate(timeout=120)
+        status = job.wait(120)
     finally:
         job.kill()
-    assert job.returncode == 1, output
+    output = (tmp_path / "output").read_text()
+    assert status == 1, output
     assert "Job not requeued because: timed-out too many times." in output
     assert not any(call[0] == "scontrol" for call in fake.read_calls())
 

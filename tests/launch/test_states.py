@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ from daft_domainbed.launch.states import State, forget_failures, is_done, read_f
 from daft_domainbed.launch.work import do_job
 from daft_domainbed.runtime.locks import claim
 from daft_domainbed.runtime.stopping import Stopped
-from tests.conftest import HPARAMS, Tiny
+from tests.conftest import HPARAMS, Shelf, Tiny
+from tests.processes import WarmPopen, wait_until
 
 
 @pytest.fixture
@@ -29,11 +29,6 @@ def job(tiny: Tiny) -> Job:
 
 def read_state(tiny: Tiny, job: Job, *others: Job) -> State:
     return read_states(tiny.root, [*others, job])[job.folder]
-
-
-def stop(step: int, n_steps: int) -> None:
-    if step == 4:
-        raise Stopped("at step 4")
 
 
 # --- each as it comes about ------------------------------------------------------------------------------------------
@@ -61,7 +56,7 @@ def test_running(tiny: Tiny, job: Job) -> None:
     assert seen == [State("running", step=step) for step in (0, 0, 2, 2, 4, 5)]
 
 
-def test_running_until_it_is_killed(tiny: Tiny, job: Job, start_script: Callable[[str], BaseProcess]) -> None:
+def test_running_until_it_is_killed(tiny: Tiny, job: Job, start_script: Callable[[str], WarmPopen]) -> None:
     owner = start_script(f"""
 import time
 from pathlib import Path
@@ -73,12 +68,10 @@ def on_step(step, n_steps):
         time.sleep(600)
 train(TrainArgs(**{tiny.make_flags()!r}), quiet=True, on_step=on_step)
 """)
-    while not (tiny.root / "hangs").exists():
-        owner.join(0.01)
-        assert owner.is_alive()
+    wait_until(lambda: (tiny.root / "hangs").exists() or owner.poll() is not None)
     assert read_state(tiny, job) == State("running", step=2)
     owner.kill()
-    owner.join()
+    owner.wait()
     assert read_state(tiny, job) == State("incomplete", step=2)
 
 
@@ -94,9 +87,10 @@ def test_incomplete_before_its_first_record(tiny: Tiny, job: Job, monkeypatch: p
     assert read_state(tiny, job) == State("incomplete")
 
 
-def test_incomplete_then_done(tiny: Tiny, job: Job, records: Callable[[Path], list[dict[str, Any]]]) -> None:
-    with pytest.raises(Stopped):
-        tiny.train(on_step=stop)
+def test_incomplete_then_done(
+    tiny: Tiny, job: Job, records: Callable[[Path], list[dict[str, Any]]], shelf: Shelf
+) -> None:
+    shelf.copy(tiny.root / "run", stop_at=4)
     assert read_state(tiny, job) == State("incomplete", step=2)
     run = tiny.train()
     assert read_state(tiny, job) == State("done", seconds=records(run)[-1]["seconds"])
@@ -137,8 +131,8 @@ def test_failure_is_told_by_its_first_line(tiny: Tiny, job: Job) -> None:
         assert read_state(tiny, job) == State("failed", reason=reason)
 
 
-def test_done_and_running_count_more_than_an_old_failure(tiny: Tiny, job: Job) -> None:
-    run = tiny.train()
+def test_done_and_running_count_more_than_an_old_failure(tiny: Tiny, job: Job, shelf: Shelf) -> None:
+    run = shelf.copy(tiny.root / "run")
     (run / "failed").write_text("long ago\n")
     assert read_state(tiny, job).kind == "done"
     (run / "done").unlink()
@@ -180,14 +174,14 @@ def test_last_line_may_be_anything(tiny: Tiny, job: Job, tail: str, kind: str) -
 
 
 @pytest.mark.parametrize("seconds", ["soon", None, True, [1], float("nan")])
-def test_seconds_that_are_no_number(tiny: Tiny, job: Job, seconds: Any) -> None:
-    run = tiny.train()
+def test_seconds_that_are_no_number(tiny: Tiny, job: Job, seconds: Any, shelf: Shelf) -> None:
+    run = shelf.copy(tiny.root / "run")
     (run / "results.jsonl").write_text(json.dumps({"step": 5, "seconds": seconds}) + "\n")
     assert read_state(tiny, job) == State("done")
 
 
-def test_records_are_not_read_from_the_start(tiny: Tiny, job: Job) -> None:
-    run = tiny.train()
+def test_records_are_not_read_from_the_start(tiny: Tiny, job: Job, shelf: Shelf) -> None:
+    run = shelf.copy(tiny.root / "run")
     with (run / "results.jsonl").open("ab") as file:
         file.truncate(2**33)  # takes no room on the disk
         file.write(b'\n{"step": 9, "seconds": 8.5}\n')

@@ -167,7 +167,6 @@ def test_disk_of_what_cannot_be_built_is_not_estimated(tmp_path: Path) -> None:
     assert summary.format_disk(tmp_path, [job], {"run": State("not launched")}) == "disk: 0 B in use"
 
 
-@pytest.mark.usefixtures("in_process")
 def test_disk_is_estimated_from_what_finished_jobs_took(tmp_path: Path) -> None:
     jobs = plan(tmp_path, "KD")
     student = next(job for job in jobs if job.needs)

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -19,12 +18,11 @@ from daft_domainbed.launch.job import Job
 from daft_domainbed.launch.work import Outcome, do_job
 from daft_domainbed.runtime import locks, stopping
 from tests.launch.conftest import plan
+from tests.processes import WarmPopen
 
 Read = Callable[[Path], dict[str, str]]
 Capture = pytest.CaptureFixture[str]
-Start = Callable[[str], BaseProcess]
-
-pytestmark = pytest.mark.usefixtures("in_process")
+Start = Callable[[str], WarmPopen]
 
 
 @pytest.fixture
@@ -130,8 +128,8 @@ def test_stopped_is_143_and_it_goes_on(
 ) -> None:
     root, job = tmp_path / "sweep", jobs[0]
     process = start_script(make_code(root, job, at))
-    process.join(120)
-    assert process.exitcode == 143
+    process.wait(120)
+    assert process.returncode == 143
     assert (root / "log").read_text() == f"stopped at step {at} of 4 in {root / job.folder}; the same command goes on\n"
     assert {"resume.pt"} <= list_names(root / job.folder)
     assert not {"failed", ".lock", "done"} & list_names(root / job.folder)
@@ -209,7 +207,7 @@ def test_asked_to_stop_it_says_where(tmp_path: Path, jobs: list[Job]) -> None:
 
 
 def test_threads_are_as_many_as_told_and_recorded(tmp_path: Path, jobs: list[Job]) -> None:
-    for job, threads in zip(jobs, (2, 1), strict=True):
+    for job, threads in zip(jobs, (2, 1), strict=True):  # the second one's are this process's
         assert do_job(tmp_path / "sweep", job, threads=threads) == Outcome("done")
         assert torch.get_num_threads() == threads
         first = (tmp_path / "sweep" / job.folder / "results.jsonl").read_text().splitlines()[0]

@@ -13,10 +13,8 @@ from typing import Any
 
 import pytest
 
-from daft_domainbed import plugin
-from daft_domainbed.host import contract
-from daft_domainbed.runtime.randomness import preserve_states
 from tests.conftest import read_records
+from tests.processes import run_warm
 from tests.testing.test_contract import run_contract
 
 PAGE = Path(__file__).parents[2] / "docs" / "own_algorithm.md"
@@ -30,10 +28,8 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     Path("two_teachers.py").write_text(SCRIPT)
     monkeypatch.syspath_prepend(tmp_path)
-    with preserve_states():
-        yield Path("two_teachers.py")
+    yield Path("two_teachers.py")
     sys.modules.pop("two_teachers", None)
-    plugin.unregister(contract.find_host())
 
 
 def run(script: Path, *argv: str, monkeypatch: pytest.MonkeyPatch) -> int:
@@ -79,7 +75,7 @@ def test_script_sweeps_in_processes_of_its_own(script: Path) -> None:
         *("--steps", "2", "--n_trials", "1", "--n_hparams", "1", "--single_test_envs", "--skip_confirmation"),
         *("--n_jobs", "1", "--output_dir", "sweep", "--hparams", json.dumps(SMALL)),
     ]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = run_warm(command)
     assert result.returncode == 0, result.stderr
     jobs = json.loads(Path("sweep/plan.json").read_text())["jobs"]
     assert [job["stage"] for job in jobs] == ["erm_teacher"] * 3 + ["aft_teacher"] * 3 + ["student"] * 3

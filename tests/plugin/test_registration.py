@@ -13,6 +13,7 @@ from daft_domainbed.errors import UsageError
 from daft_domainbed.host import contract
 from daft_domainbed.plugin.defaults import get_random_hparams
 from tests.conftest import get_defaults
+from tests.processes import run_warm
 
 
 @pytest.fixture
@@ -89,15 +90,13 @@ def test_folders_hyperparameters_follow_its_input_size(host: contract.Host, monk
     assert 10**-4.5 <= draw["lr"] <= 10**-2.5
 
 
-def test_importing_the_package_registers_nothing() -> None:
-    import subprocess
-
-    code = (
-        "import daft_domainbed, daft_domainbed.training.engine, daft_domainbed.algorithms as ours;"
-        "from daft_domainbed.embedded import algorithms as host; print(host.ALGORITHMS)"
+def test_importing_the_package_registers_nothing(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(
+        "import daft_domainbed, daft_domainbed.training.engine, daft_domainbed.algorithms as ours\n"
+        "from daft_domainbed.embedded import algorithms as host; print(host.ALGORITHMS)\n"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "['ERM']"
+    result = run_warm([sys.executable, tmp_path / "script.py"])  # where all of that has been imported
+    assert result.stdout.strip() == "['ERM']", result.stderr
 
 
 @pytest.mark.parametrize("own", [{"resnet18": True, "resnet50_augmix": False}, {"resnet18": False}, {}])

@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +18,13 @@ from daft_domainbed.arguments import TrainArgs
 from daft_domainbed.runtime import locks, stopping
 from daft_domainbed.runtime.stopping import Stopped
 from daft_domainbed.training.engine import train
+from tests.conftest import Shelf
+from tests.processes import REPOSITORY, WarmPopen, wait_until
 
 Outcome = Callable[[Path], dict[str, str]]
-Start = Callable[[str], BaseProcess]
+Start = Callable[[str], WarmPopen]
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT]
-
-
-def wait_until(condition: Callable[[], Any], seconds: float = 120.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.005)
 
 
 def make_code(tiny: Any, prologue: str = "", **flags: Any) -> str:
@@ -53,8 +47,8 @@ sys.exit(run_command("train", {tiny.make_argv("stopped/run", **flags)!r}))
 def run(tiny: Any, start_script: Start, prologue: str = "", **flags: Any) -> tuple[int | None, str]:
     """Run a script to its end; return its exit status and what it said on standard error."""
     process = start_script(make_code(tiny, prologue, **flags))
-    process.join(120)
-    return process.exitcode, (tiny.root / "log").read_text()
+    process.wait(120)
+    return process.returncode, (tiny.root / "log").read_text()
 
 
 def hit(number: int, at: int, algorithm: str = "ERM") -> str:
@@ -75,7 +69,7 @@ kind.update = update_and_hit
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("at", [1, 2, 5])
 def test_stopped_run_goes_on_as_if_nothing_had_been(
-    tiny: Any, outcome: Outcome, start_script: Start, number: int, at: int
+    tiny: Any, outcome: Outcome, start_script: Start, number: int, at: int, shelf: Shelf
 ) -> None:
     status, said = run(tiny, start_script, hit(number, at))
     assert status == 128 + number
@@ -86,8 +80,7 @@ def test_stopped_run_goes_on_as_if_nothing_had_been(
     assert not (tiny.root / "stopped/run/.lock").exists()
     status, said = run(tiny, start_script)
     assert (status, said) == (0, f"{tiny.root}/stopped/run: going on at step {at} of 6\n")
-    tiny.train("undisturbed/run")
-    assert outcome(tiny.root / "stopped") == outcome(tiny.root / "undisturbed")
+    assert outcome(tiny.root / "stopped") == shelf.read()
 
 
 def test_signal_before_the_first_step_stops_after_it(tiny: Any, start_script: Start) -> None:
@@ -103,27 +96,25 @@ engine.build_data = build_and_hit
     assert "stopped at step 1 of 6" in said
 
 
-def test_signal_in_the_last_step_comes_too_late(tiny: Any, outcome: Outcome, start_script: Start) -> None:
+def test_signal_in_the_last_step_comes_too_late(tiny: Any, outcome: Outcome, start_script: Start, shelf: Shelf) -> None:
     assert run(tiny, start_script, hit(signal.SIGTERM, 6)) == (0, "")
-    tiny.train("undisturbed/run")
-    assert outcome(tiny.root / "stopped") == outcome(tiny.root / "undisturbed")
+    assert outcome(tiny.root / "stopped") == shelf.read()
 
 
 @pytest.mark.parametrize("at", [3, 6])
-def test_stopped_within_a_teacher(tiny: Any, outcome: Outcome, start_script: Start, at: int) -> None:
+def test_stopped_within_a_teacher(tiny: Any, outcome: Outcome, start_script: Start, at: int, shelf: Shelf) -> None:
     status, said = run(tiny, start_script, hit(signal.SIGTERM, at), algorithm="KD")
     assert status == 143
     # With the teacher done, the student's first step is where it stops.
     folder, step = ("teachers/ERM-", 3) if at == 3 else ("run", 1)
     assert f"stopped at step {step} of 6 in {tiny.root}/stopped/{folder}" in said.splitlines()[-1]
     assert run(tiny, start_script, algorithm="KD")[0] == 0
-    tiny.train("undisturbed/run", algorithm="KD")
-    assert outcome(tiny.root / "stopped") == outcome(tiny.root / "undisturbed")
+    assert outcome(tiny.root / "stopped") == shelf.read(algorithm="KD")
 
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_second_signal_ends_it_in_the_middle_of_a_step(
-    tiny: Any, outcome: Outcome, start_script: Start, number: int
+    tiny: Any, outcome: Outcome, start_script: Start, number: int, shelf: Shelf
 ) -> None:
     process = start_script(
         make_code(
@@ -149,22 +140,21 @@ host.algorithms.ERM.update = update_or_hang
     wait_until((tiny.root / "hangs").exists)
     os.kill(process.pid, number)
     wait_until((tiny.root / "asked").exists)
-    assert process.is_alive()
+    assert process.poll() is None
     os.kill(process.pid, number)
-    process.join(120)
-    assert process.exitcode == 130
+    process.wait(120)
+    assert process.returncode == 130
     assert (tiny.root / "log").read_text() == (
         "daft-domainbed train: interrupted; give the same command again to go on from here\n"
     )
     assert not (tiny.root / "stopped/run/.lock").exists()
     tiny.train("stopped/run")
-    tiny.train("undisturbed/run")
-    assert outcome(tiny.root / "stopped") == outcome(tiny.root / "undisturbed")
+    assert outcome(tiny.root / "stopped") == shelf.read()
 
 
 def test_from_the_shell(tiny: Any) -> None:
     argv = tiny.make_argv(steps=1_000_000, checkpoint_freq=1_000_000)
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, "-m", "daft_domainbed.scripts.train", *argv]
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import io
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
@@ -21,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from daft_domainbed.arguments import TrainArgs
-from daft_domainbed.benchmark import bare, inputs
+from daft_domainbed.benchmark import bare, inputs, workers
 from daft_domainbed.benchmark.cases import CASES
 from daft_domainbed.benchmark.growth import count_jobs
 from daft_domainbed.benchmark.measure import Case, Goal, Rounds, make_row, take_turns
@@ -38,6 +42,7 @@ from daft_domainbed.functional.input_spec import INPUT_SPECS
 from daft_domainbed.host import checkpoints, contract
 from daft_domainbed.results.sweeps import read_sweep
 from daft_domainbed.training.prepare import prepare
+from tests.processes import WarmPopen
 
 ROWS = [
     *("small_job", "many_jobs", "digits", "digits_fast", "daft_step", "aft_features", "aft_pixels"),
@@ -48,6 +53,12 @@ ROWS = [
 @pytest.fixture
 def bench(tmp_path: Path) -> Bench:
     return Bench(tmp_path, SIZES["tiny"], threads=1, clone=None)
+
+
+@pytest.fixture
+def warm_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spares what is measured the import of torch."""
+    monkeypatch.setattr(workers, "Popen", WarmPopen)
 
 
 @pytest.fixture
@@ -71,7 +82,7 @@ def test_unknown_row(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--only: no row 'smal_job'. Did you mean 'small_job'? The rows are small_job, many_jobs" in err
 
 
-@pytest.mark.usefixtures("without_clone")
+@pytest.mark.usefixtures("without_clone", "warm_processes")
 def test_row_that_fails_does_not_keep_the_others(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -92,16 +103,25 @@ def test_row_that_fails_does_not_keep_the_others(
     assert "row small_job could not be measured: inputs:lost failed while it was measured" in captured.err
 
 
-def test_signal_leaves_nothing_behind(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "daft_domainbed.scripts.benchmark", "--only", "evaluation", "--scale", "tiny"]
-    environment = {name: value for name, value in os.environ.items() if name != "DOMAINBED_ROOT"}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, env=environment | {"TMPDIR": str(tmp_path)}) as process:
-        while not list(tmp_path.glob("daft-benchmark-*/*")):
-            assert process.poll() is None
-        process.terminate()
-        _, err = process.communicate()
-    assert process.returncode == 143
-    assert err == b"daft-domainbed benchmark: stopped; nothing was measured to the end\n"
+@pytest.mark.usefixtures("warm_processes")
+def test_signal_leaves_nothing_behind(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    processes = []
+
+    def rounds(bench: Bench) -> Rounds:
+        (bench.scratch / "file").touch()
+        with bench.pace("bare:answer", backbone="resnet8_w2", batch=1) as worker:
+            processes.append(worker.process)
+            os.kill(os.getpid(), signal.SIGTERM)
+            yield {}
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setitem(CASES, "evaluation", replace(CASES["evaluation"], rounds=rounds))
+    assert run_command("benchmark", ["--only", "evaluation", "--scale", "tiny"]) == 143
+    (process,) = processes
+    assert process.poll() is not None
+    assert capsys.readouterr() == ("", "daft-domainbed benchmark: stopped; nothing was measured to the end\n")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -118,25 +138,42 @@ def test_list_imports_nothing_heavy() -> None:
     assert "json" in modules and "torch" not in modules
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("without_clone")
-def test_table_then_json(capsys: pytest.CaptureFixture[str]) -> None:
-    names = ["resume_file", "collect_results"]
-    argv = ["--scale", "tiny", "--threads", "1", "--repeat", "2", "--only", *names]
+MEASURED = ["small_job", "daft_step", "pretrained_step", "resume_file", "collect_results"]
 
-    assert run_command("benchmark", argv) == 0
 
-    *table, last = capsys.readouterr().out.splitlines()
+@pytest.fixture(scope="module")
+def printed() -> list[str]:
+    """What the command prints where it measures some of the rows, once each."""
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out):
+        patch.setattr(workers, "Popen", WarmPopen)
+        patch.delenv("DOMAINBED_ROOT", raising=False)
+        argv = ["--scale", "tiny", "--threads", "1", "--repeat", "1", "--only", *MEASURED]
+        assert run_command("benchmark", argv) == 0
+    return out.getvalue().splitlines()
+
+
+def test_table_then_json(printed: list[str]) -> None:
+    *table, last = printed
     content = json.loads(last)
     assert "no column of the host: DOMAINBED_ROOT is not set to a clone of DomainBed" in table
-    assert [line.split()[0] for line in table if line.startswith(tuple(names))] == names
+    goals = [name for name in MEASURED for _ in CASES[name].goals]
+    header = next(i for i, line in enumerate(table) if line.startswith("name"))
+    assert [line.split()[0] for line in table[header + 1 : header + 1 + len(goals)]] == goals
     assert content.keys() == {"schema", "machine", "scale", "repeat", "rows"}
     assert content["machine"]["threads"] == 1
     assert content["machine"].keys() > {"cpu", "torch", "python", "commit", "host_commit", "cores_usable", "load"}
-    for row in content["rows"]:
-        check_row(row, n=2)
-        assert row["host"] is None and row["values"]["host"] == []
-    assert [row["name"] for row in content["rows"]] == names
+    assert [row["name"] for row in content["rows"]] == goals
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_row_can_be_measured(printed: list[str], name: str) -> None:
+    rows = [row for row in json.loads(printed[-1])["rows"] if row["name"] == name]
+    assert [row["metric"] for row in rows] == [goal.metric for goal in CASES[name].goals]
+    for row in rows:
+        check_row(row, n=1)
+        assert row["error"] is row["host"] is None and row["values"]["host"] == []
+        assert (row["bare"] is None) == (name == "resume_file")
 
 
 def check_row(row: dict[str, Any], n: int) -> None:
@@ -147,16 +184,6 @@ def check_row(row: dict[str, Any], n: int) -> None:
     if row["against"] and row[row["against"]]:
         assert row["ratio"] == row["ours"] / row[row["against"]]
         assert (row["met"] is None) == (row["goal"] == "reported")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["small_job", "daft_step", "pretrained_step"])
-def test_row_can_be_measured(name: str, bench: Bench) -> None:
-    values = take_turns(CASES[name].rounds(bench), repeat=1)
-    for goal in CASES[name].goals:
-        row = make_row(CASES[name], goal, values[goal.metric])
-        check_row(row, n=1)
-        assert row["host"] is None and row["bare"] > 0
 
 
 class Rehearsal(Bench):
@@ -255,7 +282,7 @@ def load_in_order(network: nn.Module, values: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("dataset", ["Debug28", "RotatedMNIST"])
 def test_bare_steps_are_the_engines(dataset: str, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = inputs.write_digits(tmp_path / "digits", 480)
+    root = inputs.write_digits(tmp_path / "digits", 120)
     recorder = Recorder(monkeypatch)
     flags = {"dataset": dataset, "data_dir": str(root), "steps": 3, "checkpoint_freq": 3}
     content = checkpoints.load_checkpoint(tiny.train("run", {"backbone": "default"}, **flags) / "model.pkl")
@@ -388,9 +415,10 @@ def test_row_has_medians_and_is_judged(goal: Goal, text: str, ratio: float | Non
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="no /proc here")
-def test_family_of_processes_is_watched(bench: Bench) -> None:
-    sleep = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(1)'])"
-    alone = bench.watch("timeit", "-n1", "-r1", "import time; time.sleep(0.5)")
+def test_family_of_processes_is_watched(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    sleep = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(0.5)'])"
+    monkeypatch.setattr(workers, "SECONDS_BETWEEN_LOOKS", 0.02)
+    alone = bench.watch("timeit", "-n1", "-r1", "import time; time.sleep(0.1)")
     two = bench.watch("timeit", "-n1", "-r1", sleep)
     assert (alone["processes"], two["processes"]) == (1, 2)
     assert 2 < alone["memory"] < 100
@@ -403,6 +431,7 @@ def test_what_fails_is_named(bench: Bench) -> None:
         bench.call("inputs:lost")
 
 
+@pytest.mark.usefixtures("warm_processes")
 def test_loop_advances_when_it_is_told_to(bench: Bench) -> None:
     with bench.pace("bare:answer", backbone="resnet8_w2", batch=1) as worker:
         assert [len(worker.advance(n)) for n in (1, 3)] == [1, 3]
@@ -438,9 +467,9 @@ def test_seconds_belong_to_the_innermost_phase(monkeypatch: pytest.MonkeyPatch) 
     assert shares["rest"] == pytest.approx(10)
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("warm_processes")
 def test_time_of_three_jobs_is_divided(bench: Bench) -> None:
-    (table,) = profile_jobs(bench, repeat=1)
+    (table,) = profile_jobs(replace(bench, size=replace(bench.size, images=1)), repeat=1)
     assert [row["of"] for row in table["rows"]] == ["ours"] * 3
     for row in table["rows"]:
         assert sum(row[phase] for phase in PHASES) == pytest.approx(100)

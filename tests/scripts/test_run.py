@@ -11,9 +11,13 @@ from PIL import Image
 
 from daft_domainbed.cli import run_command
 from daft_domainbed.scripts.run import build_parser
+from tests.conftest import HPARAMS, TEACHER_HPARAMS
 
-TINY = {"batch_size": 8, "backbone": "resnet8_w2", "teacher_backbone": "resnet8_w4"}
+TINY = HPARAMS | TEACHER_HPARAMS
 SMALL = ["--steps", "4", "--checkpoint_freq", "2", "--n_jobs", "2", "--device", "cpu"]
+
+
+pytestmark = pytest.mark.usefixtures("warm_servers")
 
 
 def make_argv(root: Path, **user: object) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import shlex
@@ -10,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,8 +27,8 @@ from daft_domainbed.launch.states import read_states, write_failure
 from daft_domainbed.runtime.layout import PLAN_FILE
 from daft_domainbed.runtime.locks import claim
 from tests.conftest import HPARAMS, TEACHER_HPARAMS
-from tests.launch.conftest import make_sweep, preserving, run_here
-from tests.launch.test_local import list_group, wait_until
+from tests.launch.conftest import make_hold, make_sweep, run_here
+from tests.processes import WarmPopen, list_group, wait_until
 
 TINY = json.dumps(HPARAMS)
 TINY_TEACHER = json.dumps(HPARAMS | TEACHER_HPARAMS)
@@ -38,6 +38,8 @@ SMALL = ["--n_trials", "1", "--n_hparams", "1", "--single_test_envs", "--steps",
 SMALL += ["--device", "cpu"]
 
 Outcome = Callable[[Path], dict[str, str]]
+StartScript = Callable[..., WarmPopen]
+Start = Callable[..., WarmPopen]
 Capture = pytest.CaptureFixture[str]
 
 
@@ -83,19 +85,18 @@ def read_tree(root: Path) -> dict[Path, int]:
 
 
 @pytest.fixture
-def sweep(tmp_path: Path, capfd: Capture, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sweep]:
+def sweep(tmp_path: Path, capfd: Capture, monkeypatch: pytest.MonkeyPatch) -> Sweep:
     """A sweep yet to be launched, in a folder of its own."""
     monkeypatch.setitem(launchers._BUILT_IN, "here", lambda: run_here)
     monkeypatch.chdir(tmp_path)
-    with preserving():
-        yield Sweep(tmp_path / "sweep", capfd)
+    return Sweep(tmp_path / "sweep", capfd)
 
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished sweep of ERM and KD that nothing disturbed; not to be written to."""
     root = tmp_path_factory.mktemp("reference")
-    with preserving(), pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setitem(launchers._BUILT_IN, "here", lambda: run_here)
         argv = ["launch", "--output_dir", str(root), "--command_launcher", "here", "--skip_confirmation", *KD, *SMALL]
         assert run_command("sweep", argv) == 0
@@ -222,6 +223,7 @@ def test_failure_is_one_line_and_the_rest_is_done(sweep: Sweep) -> None:
     assert ["nowhere.pt" in line for line in failures] == [True] * 3 + [False] * 3
 
 
+@pytest.mark.usefixtures("warm_servers")
 @pytest.mark.parametrize("launcher", ["local", "dummy"])
 def test_launchers_are_chosen_by_name(sweep: Sweep, launcher: str) -> None:
     status, out, lines = sweep("launch", *ERM, *SMALL, "--skip_confirmation", "--command_launcher", launcher)
@@ -472,7 +474,7 @@ def test_studies_of_the_repository_are_read(study: str) -> None:
 
     args = collect_sweep_args(read_config(Path(__file__).parents[2] / "sweeps" / study / "sweep.yaml", "launch"))
     assert args.datasets and args.algorithms
-    assert args.output_dir == f"runs/{study}"
+    assert Path(args.output_dir).parts[:2] == ("runs", study)
 
 
 # --- status, delete_incomplete ---------------------------------------------------------------------------------------
@@ -649,29 +651,24 @@ def test_several_launches_may_write_the_plan(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Starts the command in a process group of its own, with its standard error in a file; ends it with the test."""
-    started: list[subprocess.Popen[str]] = []
+def start(tmp_path: Path, start_script: StartScript) -> Start:
+    """Starts the command in a process group of its own, which looks often; its standard error is in a file."""
+    numbers = itertools.count()
 
-    def run(root: Path, *argv: str) -> subprocess.Popen[str]:
-        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-        command = [sys.executable, "-m", "daft_domainbed.scripts.sweep", "launch", "--output_dir", str(root)]
-        with (tmp_path / f"log{len(started)}").open("w") as log:
-            process = subprocess.Popen(
-                [*command, "--skip_confirmation", *argv],
-                env=environment,
-                start_new_session=True,
-                stdout=subprocess.DEVNULL,
-                stderr=log,
-                text=True,
-            )
-        started.append(process)
-        return process
+    def run(root: Path, *argv: str, before: str = "") -> WarmPopen:
+        argv = ("launch", "--output_dir", str(root), "--skip_confirmation", *argv)
+        code = f"""
+import sys
+from daft_domainbed.cli import run_command
+from daft_domainbed.launch import fork_server, schedule
+schedule.SECONDS_BETWEEN_LOOKS = fork_server.SECONDS_BETWEEN_REPORTS = 0.1
+{before}
+sys.exit(run_command("sweep", {list(argv)!r}))
+"""
+        with (tmp_path / f"log{next(numbers)}").open("w") as log:
+            return start_script(code, stderr=log, start_new_session=True)
 
-    yield run
-    for process in started:
-        process.kill()
-        process.wait()
+    return run
 
 
 def count_starts(root: Path) -> dict[str, int]:
@@ -679,10 +676,7 @@ def count_starts(root: Path) -> dict[str, int]:
     return {path.parent.name: path.read_text().count("Environment:") for path in root.rglob("out.txt")}
 
 
-@pytest.mark.slow
-def test_two_launches_share_the_work(
-    tmp_path: Path, reference: Path, capfd: Capture, start: Callable[..., subprocess.Popen[str]]
-) -> None:
+def test_two_launches_share_the_work(tmp_path: Path, reference: Path, capfd: Capture, start: Start) -> None:
     root = tmp_path / "sweep"
     teachers = [job.folder for job in read_jobs(reference) if job.stage == "erm_teacher"]
     claims = [claim(root / folder) for folder in teachers]
@@ -692,7 +686,9 @@ def test_two_launches_share_the_work(
     try:  # hold them up until both are at work
         launches = [start(root, *KD, *SMALL, "--n_jobs", "1") for _ in range(2)]
         logs = [tmp_path / f"log{i}" for i in range(2)]
-        wait_until(lambda: all("/9] " in log.read_text() for log in logs) or any(map(has_ended, launches)))
+        wait_until(
+            lambda: all(log.exists() and "/9] " in log.read_text() for log in logs) or any(map(has_ended, launches))
+        )
     finally:
         for claimed in claims:
             claimed.__exit__(None, None, None)
@@ -711,51 +707,39 @@ def list_kinds(root: Path) -> list[str]:
     return sorted(state.kind for state in read_states(root, read_jobs(root)).values())
 
 
-def has_ended(process: subprocess.Popen[str]) -> bool:
+def has_ended(process: WarmPopen) -> bool:
     return process.poll() is not None
 
 
-LONG = ["--steps", "1000000", "--checkpoint_freq", "1000000"]
+def wait_for_held(folder: Path, launcher: WarmPopen, n_jobs: int) -> None:
+    """Wait until so many jobs of a launcher wait in the middle of a step, after their first record."""
+    wait_until(lambda: len(list(folder.glob("held-*"))) == n_jobs or has_ended(launcher))
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for orphans in /proc")
-def test_killed_launcher_takes_its_jobs_with_it(tmp_path: Path, start: Callable[..., subprocess.Popen[str]]) -> None:
+def test_killed_launcher_takes_its_jobs_with_it(tmp_path: Path, start: Start) -> None:
     root = tmp_path / "sweep"
-    launcher = start(root, *ERM, *SMALL, *LONG, "--n_jobs", "2")
-    wait_until(lambda: len(list(root.glob("*/results.jsonl"))) == 2 or has_ended(launcher))
+    launcher = start(root, *ERM, *SMALL, "--n_jobs", "2", before=make_hold(tmp_path, "ERM", 2, until="False"))
+    wait_for_held(tmp_path, launcher, 2)
     assert len(list_group(launcher.pid)) == 4  # launcher, server, two jobs
     assert list_kinds(root) == ["not launched", "running", "running"]
     launcher.kill()
-    launcher.wait()
     wait_until(lambda: not list_group(launcher.pid))
-    wait_until(lambda: "running" not in list_kinds(root))
     assert list_kinds(root) == ["incomplete", "incomplete", "not launched"]
     assert not list(root.rglob("failed"))
-
-
-def find_worker(root: Path) -> int:
-    """Return the process of the one job that is running."""
-    (lock,) = root.glob("*/.lock")
-    return int(json.loads(lock.read_text())["pid"])
 
 
 STOPPED = "daft-domainbed sweep: the jobs that were running have saved where they are; the same command goes on"
 
 
-@pytest.mark.slow
 def test_stopped_launcher_has_its_jobs_save_and_the_same_command_goes_on(
-    tmp_path: Path, sweep: Sweep, outcome: Outcome, start: Callable[..., subprocess.Popen[str]]
+    tmp_path: Path, sweep: Sweep, outcome: Outcome, start: Start
 ) -> None:
-    argv = [*ERM, *SMALL, "--steps", "200", "--checkpoint_freq", "200"]
     root, log = tmp_path / "stopped", tmp_path / "log0"
-    launcher = start(root, *argv, "--n_jobs", "1")
-    wait_until(lambda: list(root.glob("*/results.jsonl")) or has_ended(launcher))
-    worker = find_worker(root)
-    os.kill(worker, signal.SIGSTOP)  # it must not be done before it hears of it
+    # The job goes on only once it has heard of it.
+    launcher = start(root, *ERM, *SMALL, "--n_jobs", "1", before=make_hold(tmp_path, "ERM", 2))
+    wait_for_held(tmp_path, launcher, 1)
     launcher.terminate()
-    time.sleep(1.5)
-    os.kill(worker, signal.SIGCONT)
     assert launcher.wait(120) == 143, log.read_text()
     assert log.read_text().splitlines()[-1] == STOPPED
     wait_until(lambda: not list_group(launcher.pid))
@@ -763,16 +747,15 @@ def test_stopped_launcher_has_its_jobs_save_and_the_same_command_goes_on(
     assert not list(root.rglob(".*"))
     assert start(root).wait(120) == 0
     assert "going on at step" in "".join(path.read_text() for path in root.rglob("err.txt"))
-    sweep.launch(*argv)
+    sweep.launch(*ERM, *SMALL)
     assert outcome(root) == outcome(sweep.root)
 
 
-@pytest.mark.slow
-def test_launcher_is_interrupted_from_the_keyboard(tmp_path: Path, start: Callable[..., subprocess.Popen[str]]) -> None:
+def test_launcher_is_interrupted_from_the_keyboard(tmp_path: Path, start: Start) -> None:
     """A terminal sends the signal to all of them at once."""
     root, log = tmp_path / "sweep", tmp_path / "log0"
-    launcher = start(root, *ERM, *SMALL, *LONG, "--n_jobs", "2")
-    wait_until(lambda: len(list(root.glob("*/results.jsonl"))) == 2 or has_ended(launcher))
+    launcher = start(root, *ERM, *SMALL, "--n_jobs", "2", before=make_hold(tmp_path, "ERM", 2))
+    wait_for_held(tmp_path, launcher, 2)
     os.killpg(launcher.pid, signal.SIGINT)
     assert launcher.wait(120) == 130, log.read_text()
     assert log.read_text().splitlines() == [STOPPED]
@@ -780,20 +763,17 @@ def test_launcher_is_interrupted_from_the_keyboard(tmp_path: Path, start: Callab
     assert not list(root.rglob(".*"))
 
 
-@pytest.mark.slow
-def test_second_signal_does_not_wait(tmp_path: Path, start: Callable[..., subprocess.Popen[str]]) -> None:
-    """Not even for a job that does not answer: here, one that was put to sleep."""
-    root = tmp_path / "sweep"
-    launcher = start(root, *ERM, *SMALL, *LONG, "--n_jobs", "1")
-    wait_until(lambda: list(root.glob("*/results.jsonl")) or has_ended(launcher))
-    worker = find_worker(root)
-    os.kill(worker, signal.SIGSTOP)
+def test_second_signal_does_not_wait(tmp_path: Path, start: Start) -> None:
+    """Not even for a job that does not answer: here, one that hangs when it is asked to stop."""
+    root, asked = tmp_path / "sweep", tmp_path / "asked"
+    until = f"stopping.is_requested() and (Path({str(asked)!r}).touch(), time.sleep(600))"
+    launcher = start(root, *ERM, *SMALL, "--n_jobs", "1", before=make_hold(tmp_path, "ERM", 2, until=until))
+    wait_for_held(tmp_path, launcher, 1)
     launcher.terminate()
+    wait_until(lambda: asked.exists() or has_ended(launcher))
     with pytest.raises(subprocess.TimeoutExpired):
-        launcher.wait(1.5)
+        launcher.wait(0.5)
     launcher.terminate()
     assert launcher.wait(120) == 130
-    os.kill(worker, signal.SIGCONT)
     wait_until(lambda: not list_group(launcher.pid))
-    wait_until(lambda: "running" not in list_kinds(root))
     assert list_kinds(root) == ["incomplete", "not launched", "not launched"]

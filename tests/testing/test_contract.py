@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import random
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,8 @@ from torch import Tensor, nn
 from daft_domainbed import plugin
 from daft_domainbed.algorithms.daft import KD
 from daft_domainbed.errors import UsageError
-from daft_domainbed.host import contract as host_contract
 from daft_domainbed.hparams import Hparam, number, uniform
 from daft_domainbed.methods import METHODS, Slot
-from daft_domainbed.runtime.randomness import preserve_states
 from daft_domainbed.teacher import take_teacher
 from daft_domainbed.testing import AlgorithmContract
 from daft_domainbed.testing.contract import TINY
@@ -253,13 +251,6 @@ def run_contract(algorithm: str, folder: Path) -> dict[str, str]:
             except Exception as error:
                 failures[name.removeprefix("test_")] = str(error)
     return failures
-
-
-@pytest.fixture(autouse=True)
-def as_it_was() -> Iterator[None]:
-    with preserve_states():
-        yield
-    plugin.unregister(host_contract.find_host())
 
 
 @pytest.mark.parametrize(("mixin", "row", "check", "message"), BROKEN, ids=[kind.__name__ for kind, *_ in BROKEN])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 
 import pytest
 
@@ -16,11 +15,10 @@ from tools import pages
 
 
 @pytest.fixture(autouse=True)
-def host() -> Iterator[contract.Host]:
+def host() -> contract.Host:
     host = contract.find_host()
     plugin.register(host)
-    yield host
-    plugin.unregister(host)
+    return host
 
 
 def read_rows(table: str) -> dict[str, list[str]]:

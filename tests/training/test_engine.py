@@ -3,16 +3,13 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 import signal
 import subprocess
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from datetime import datetime, timedelta
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +27,8 @@ from daft_domainbed.plugin.defaults import get_random_hparams
 from daft_domainbed.runtime.machine import describe_machine
 from daft_domainbed.training.engine import train
 from daft_domainbed.training.prepare import check_test_envs
+from tests.conftest import Shelf
+from tests.processes import WarmPopen, wait_until
 
 RunTrain = Callable[[list[str]], tuple[int, list[str]]]
 Records = Callable[[Path], list[dict[str, Any]]]
@@ -83,8 +82,8 @@ def load_states(folder: Path) -> dict[str, str]:
 
 
 class TestRecords:
-    def test_keys_are_upstreams(self, tiny: Any, records: Records) -> None:
-        first, *middle, last = records(tiny.train())
+    def test_keys_are_upstreams(self, tiny: Any, records: Records, shelf: Shelf) -> None:
+        first, *middle, last = records(shelf.get())
         assert [record["step"] for record in [first, *middle, last]] == [0, 2, 4, 5]
         assert first.keys() == UPSTREAM_KEYS | {"environments", "machine", "started"}
         assert all(record.keys() == UPSTREAM_KEYS for record in middle)
@@ -131,8 +130,8 @@ class TestRecords:
                         accuracy = (network.predict(x).argmax(1) == y).double().mean().item()
                     assert record[f"env{i}_{part}_acc"] == accuracy
 
-    def test_times_and_memory(self, tiny: Any, records: Records) -> None:
-        all_records = records(tiny.train())
+    def test_times_and_memory(self, tiny: Any, records: Records, shelf: Shelf) -> None:
+        all_records = records(shelf.get())
         assert all(0 < record["step_time"] < 60 for record in all_records)
         assert all(record["mem_gb"] == 0 for record in all_records)
         assert all_records[-1]["seconds"] >= 6 * min(record["step_time"] for record in all_records)
@@ -154,15 +153,15 @@ class TestRecords:
         monkeypatch.setattr(kind, "CHECKPOINT_FREQ", 3)
         assert [record["step"] for record in records(tiny.train(steps=None, checkpoint_freq=None))] == [0, 3]
 
-    def test_equal_commands_have_equal_outcomes(self, tiny: Any, outcome: Callable[..., Any]) -> None:
-        one, two, other = (tiny.train(name, seed=seed) for name, seed in (("one", 1), ("two", 1), ("other", 2)))
-        assert outcome(one) == outcome(two)
-        assert outcome(one)["model.pkl"] != outcome(other)["model.pkl"]
+    def test_equal_commands_have_equal_outcomes(self, tiny: Any, outcome: Callable[..., Any], shelf: Shelf) -> None:
+        again, other = tiny.train("again"), tiny.train("other", seed=2)
+        assert outcome(again) == outcome(shelf.get())
+        assert outcome(again)["model.pkl"] != outcome(other)["model.pkl"]
 
 
 class TestFiles:
-    def test_a_finished_run_leaves_upstreams_files_and_the_best_model(self, tiny: Any) -> None:
-        run = tiny.train()
+    def test_a_finished_run_leaves_upstreams_files_and_the_best_model(self, tiny: Any, shelf: Shelf) -> None:
+        run = shelf.get()
         assert {path.name for path in run.iterdir()} == {
             *("results.jsonl", "model.pkl", "model_best.pkl", "done", "out.txt", "err.txt")
         }
@@ -241,8 +240,8 @@ class TestFiles:
         tiny.train(on_step=lambda *args: told.append(args))
         assert told == [(step, 6) for step in range(1, 7)]
 
-    def test_half_precision_on_a_cpu(self, tiny: Any, records: Records) -> None:
-        full, half = records(tiny.train("full")), records(tiny.train("half", precision="bf16"))
+    def test_half_precision_on_a_cpu(self, tiny: Any, records: Records, shelf: Shelf) -> None:
+        full, half = records(shelf.get()), records(shelf.get(precision="bf16"))
         assert half[0]["machine"]["precision"] == "bf16"
         assert half[0]["loss"] == pytest.approx(full[0]["loss"], rel=0.05)
         assert half[0]["loss"] != full[0]["loss"]
@@ -347,10 +346,10 @@ class TestData:
 
 class TestOwnership:
     @pytest.fixture
-    def start(self, tiny: Any, start_script: Callable[[str], BaseProcess]) -> Callable[[], BaseProcess]:
+    def start(self, tiny: Any, start_script: Callable[[str], WarmPopen]) -> Callable[[], WarmPopen]:
         """Starts a run in another process, which stops after two steps until the file `go` appears."""
 
-        def run() -> BaseProcess:
+        def run() -> WarmPopen:
             code = f"""
 import sys, time
 from pathlib import Path
@@ -365,17 +364,14 @@ def on_step(step, n_steps):
 train(TrainArgs(**{tiny.make_flags()!r}), quiet=True, on_step=on_step)
 """
             process = start_script(code)
-            deadline = time.monotonic() + 60
-            while not (tiny.root / "waiting").exists():
-                assert process.is_alive(), (tiny.root / "log").read_text()
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
+            wait_until(lambda: (tiny.root / "waiting").exists() or process.poll() is not None)
+            assert process.poll() is None, (tiny.root / "log").read_text()
             return process
 
         return run
 
     def test_a_second_process_is_told_and_refused(
-        self, tiny: Any, start: Callable[[], BaseProcess], run_train: RunTrain, outcome: Callable[..., Any]
+        self, tiny: Any, start: Callable[[], WarmPopen], run_train: RunTrain, outcome: Callable[..., Any], shelf: Shelf
     ) -> None:
         owner = start()
         before = {path: path.stat().st_mtime_ns for path in (tiny.root / "run").iterdir()}
@@ -384,42 +380,42 @@ train(TrainArgs(**{tiny.make_flags()!r}), quiet=True, on_step=on_step)
         assert f"process {owner.pid} is at work in {tiny.root / 'run'}" in lines[0]
         assert {path: path.stat().st_mtime_ns for path in (tiny.root / "run").iterdir()} == before
         (tiny.root / "go").touch()
-        owner.join()
-        assert owner.exitcode == 0
-        assert outcome(tiny.root / "run") == outcome(tiny.train("undisturbed"))
+        owner.wait()
+        assert owner.returncode == 0
+        assert outcome(tiny.root / "run") == outcome(shelf.get())
 
     def test_the_lock_of_a_dead_owner_is_no_obstacle(
-        self, tiny: Any, start: Callable[[], BaseProcess], outcome: Callable[..., Any]
+        self, tiny: Any, start: Callable[[], WarmPopen], outcome: Callable[..., Any], shelf: Shelf
     ) -> None:
         owner = start()
         assert owner.pid
         os.kill(owner.pid, signal.SIGKILL)
-        owner.join()
+        owner.wait()
         assert json.loads((tiny.root / "run" / ".lock").read_text())["pid"] == owner.pid
         tiny.train()
-        assert outcome(tiny.root / "run") == outcome(tiny.train("undisturbed"))
+        assert outcome(tiny.root / "run") == outcome(shelf.get())
 
     def test_one_that_waits_takes_what_the_owner_made(
-        self, tiny: Any, start: Callable[[], BaseProcess], capfd: pytest.CaptureFixture[str]
+        self, tiny: Any, start: Callable[[], WarmPopen], capfd: pytest.CaptureFixture[str]
     ) -> None:
         owner = start()
         threading.Timer(0.3, (tiny.root / "go").touch).start()
         done: list[int] = []
         train(TrainArgs(**tiny.make_flags()), quiet=True, as_teacher=True, on_step=lambda step, n: done.append(step))
-        owner.join()
-        assert owner.exitcode == 0
+        owner.wait()
+        assert owner.returncode == 0
         assert done == []
         assert f"waiting for process {owner.pid}" in capfd.readouterr().err
 
     def test_one_that_waits_for_a_process_that_dies_goes_on_with_its_run(
-        self, tiny: Any, start: Callable[[], BaseProcess], outcome: Callable[..., Any]
+        self, tiny: Any, start: Callable[[], WarmPopen], outcome: Callable[..., Any], shelf: Shelf
     ) -> None:
         owner = start()
         threading.Timer(0.3, owner.kill).start()
         done: list[int] = []
         train(TrainArgs(**tiny.make_flags()), quiet=True, as_teacher=True, on_step=lambda step, n: done.append(step))
         assert done == [2, 3, 4, 5, 6]
-        assert outcome(tiny.root / "run") == outcome(tiny.train("undisturbed"))
+        assert outcome(tiny.root / "run") == outcome(shelf.get())
 
 
 class TestSecondStart:
@@ -438,14 +434,16 @@ class TestSecondStart:
         ],
         ids=str,
     )
-    def test_a_finished_run_is_left_as_it_is(self, tiny: Any, run_train: RunTrain, flags: dict[str, Any]) -> None:
-        run = tiny.train(hparams={"lr": 0.001})
+    def test_a_finished_run_is_left_as_it_is(
+        self, tiny: Any, run_train: RunTrain, flags: dict[str, Any], shelf: Shelf
+    ) -> None:
+        run = shelf.copy(tiny.root / "run", {"lr": 0.001})
         before = self.read_times(run)
         assert run_train(tiny.make_argv(**{"hparams": {"lr": 0.001}, **flags})) == (0, [])
         assert self.read_times(run) == before
 
-    def test_a_finished_run_may_have_moved(self, tiny: Any) -> None:
-        shutil.move(tiny.train(), tiny.root / "elsewhere")
+    def test_a_finished_run_may_have_moved(self, tiny: Any, shelf: Shelf) -> None:
+        shelf.copy(tiny.root / "elsewhere")
         before = self.read_times(tiny.root / "elsewhere")
         tiny.train("elsewhere")
         assert self.read_times(tiny.root / "elsewhere") == before
@@ -466,22 +464,16 @@ class TestSecondStart:
         ids=lambda value: value if isinstance(value, str) else "",
     )
     def test_other_arguments_are_refused(
-        self, tiny: Any, run_train: RunTrain, is_finished: bool, flags: dict[str, Any], phrase: str
+        self, tiny: Any, run_train: RunTrain, is_finished: bool, flags: dict[str, Any], phrase: str, shelf: Shelf
     ) -> None:
-        def stop(step: int, n_steps: int) -> None:
-            if step == 3 and not is_finished:
-                raise KeyboardInterrupt
-
-        try:
-            tiny.train(on_step=stop)
-        except KeyboardInterrupt:
-            assert not is_finished
-        before = self.read_times(tiny.root / "run")
+        run = shelf.copy(tiny.root / "run", stop_at=None if is_finished else 3)
+        assert (run / "done").exists() == is_finished
+        before = self.read_times(run)
         status, lines = run_train(tiny.make_argv(**flags))
         assert (status, len(lines)) == (2, 1)
         assert ("a finished run" if is_finished else "an unfinished run") in lines[0]
         assert phrase in lines[0]
-        assert self.read_times(tiny.root / "run") == before
+        assert self.read_times(run) == before
 
     def test_records_that_cannot_be_gone_on_with(self, tiny: Any, run_train: RunTrain) -> None:
         """Upstream's own unfinished run, or no run at all: it is not ours to delete."""
@@ -494,13 +486,8 @@ class TestSecondStart:
             assert (tiny.root / "run" / "results.jsonl").read_text() == content
             assert len(list((tiny.root / "run").iterdir())) == 1
 
-    def test_a_damaged_resume_file(self, tiny: Any, run_train: RunTrain) -> None:
-        def stop(step: int, n_steps: int) -> None:
-            raise KeyboardInterrupt
-
-        with pytest.raises(KeyboardInterrupt):
-            tiny.train(on_step=stop)
-        path = tiny.root / "run" / "resume.pt"
+    def test_a_damaged_resume_file(self, tiny: Any, run_train: RunTrain, shelf: Shelf) -> None:
+        path = shelf.copy(tiny.root / "run", stop_at=1) / "resume.pt"
         whole = path.read_bytes()
         damaged = whole[:5000] + bytes(500) + whole[5500:]
         path.write_bytes(damaged)
@@ -539,10 +526,10 @@ class TestFailures:
         assert [record["step"] for record in records(tiny.root / "run")] == [0, 2]
 
     def test_a_full_disk_wherever_it_fills_up(
-        self, tiny: Any, run_train: RunTrain, outcome: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+        self, tiny: Any, run_train: RunTrain, outcome: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, shelf: Shelf
     ) -> None:
         """Every write in turn fails once; the same command then goes on, and ends as if nothing had been."""
-        tiny.train("undisturbed/run", algorithm="KD")
+        whole = shelf.read(algorithm="KD")
         open_file, n_writes = Path.open, 0
 
         def open_or_fail(self: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
@@ -567,7 +554,7 @@ class TestFailures:
             assert not [path for path in (tiny.root / "disturbed").rglob(".*") if path.suffix in (".tmp", ".lock")]
             fails_at += 1
         assert fails_at > 10
-        assert outcome(tiny.root / "disturbed") == outcome(tiny.root / "undisturbed")
+        assert outcome(tiny.root / "disturbed") == whole
 
     @pytest.fixture
     def small_disk(self, tmp_path: Path) -> Iterator[Path]:
@@ -586,10 +573,9 @@ class TestFailures:
 
     @pytest.mark.parametrize("room", [2_000, 40_000, 90_000, 150_000, 230_000])
     def test_a_disk_that_is_full_indeed(
-        self, tiny: Any, small_disk: Path, run_train: RunTrain, outcome: Callable[..., Any], room: int
+        self, tiny: Any, small_disk: Path, run_train: RunTrain, outcome: Callable[..., Any], room: int, shelf: Shelf
     ) -> None:
         flags = {"algorithm": "KD", "save_model_every_checkpoint": True}
-        tiny.train("undisturbed/run", **flags)
         free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
         (small_disk / "filler").write_bytes(bytes(free - room))
         argv = tiny.make_argv(**flags, output_dir=str(small_disk / "disturbed" / "run"))
@@ -599,7 +585,7 @@ class TestFailures:
             assert "the disk is full" in lines[-1]
         (small_disk / "filler").unlink()
         assert run_train(argv)[0] == 0
-        assert outcome(small_disk / "disturbed") == outcome(tiny.root / "undisturbed")
+        assert outcome(small_disk / "disturbed") == shelf.read(**flags)
 
     def test_a_folder_that_cannot_be_written(self, tiny: Any, run_train: RunTrain) -> None:
         tiny.train("before", steps=1)  # imports what another user may not be able to read

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from daft_domainbed import plugin
 from daft_domainbed.arguments import TrainArgs
 from daft_domainbed.errors import UsageError
 from daft_domainbed.functional.attacks import run_pgd
-from daft_domainbed.host import contract
 from daft_domainbed.models import weights
 from daft_domainbed.training import resume
 from daft_domainbed.training.engine import train
@@ -22,13 +20,6 @@ from daft_domainbed.training.loss_scaler import LossScaler
 from daft_domainbed.training.precision import Precision, check_precision
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def unregistered() -> Iterator[None]:
-    """Leave the host as it was, whatever the train loop registered."""
-    yield
-    plugin.unregister(contract.find_host())
 
 
 class Learner(nn.Module):

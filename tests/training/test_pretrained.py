@@ -7,7 +7,6 @@ import re
 import shlex
 import shutil
 from collections.abc import Callable
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from daft_domainbed.results.selection import choose
 from daft_domainbed.results.sweeps import read_sweep
 from daft_domainbed.training import engine
 from daft_domainbed.training.precision import find_drawback
+from tests.processes import WarmPopen
 
 PAGE = Path(__file__).parents[2] / "docs" / "pretrained_students.md"
 
@@ -80,7 +80,7 @@ def test_a_run_that_was_stopped_at_every_step_ends_as_one_that_was_not(
 
 
 def test_a_run_that_was_killed_ends_as_one_that_was_not(
-    tiny: Any, outcome: Any, image_folder: Path, start_script: Callable[[str], BaseProcess]
+    tiny: Any, outcome: Any, image_folder: Path, start_script: Callable[[str], WarmPopen]
 ) -> None:
     tiny.train("whole/run", **make_flags(tiny, image_folder, "DAFT", "whole"))
     argv = tiny.make_argv("killed/run", **make_flags(tiny, image_folder, "DAFT", "killed"))
@@ -104,9 +104,8 @@ sys.exit(run_command("train", {argv!r}))
     killed = 0
     for left in (3, 25, 40, 10**9):  # writes to the cache: in the teachers, and in the student
         process = start_script(code.replace("LEFT", str(left)))
-        process.join()
-        killed += process.exitcode == -9
-        assert process.exitcode in (0, -9), (tiny.root / "log").read_text()[-2000:]
+        killed += process.wait() == -9
+        assert process.returncode in (0, -9), (tiny.root / "log").read_text()[-2000:]
     assert killed >= 2
     assert read(tiny.root / "killed", outcome) == read(tiny.root / "whole", outcome)
 

@@ -9,9 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from multiprocessing.process import BaseProcess
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,11 +18,14 @@ import pytest
 import torch
 from torch import nn
 
+from daft_domainbed import plugin
 from daft_domainbed.errors import UsageError
 from daft_domainbed.host import contract
 from daft_domainbed.models import weights
 from daft_domainbed.teachers.teacher import Teacher
 from daft_domainbed.training import engine, resume
+from tests.conftest import Shelf
+from tests.processes import WarmPopen, run_warm, wait_until
 
 Outcome = Callable[[Path], dict[str, str]]
 Records = Callable[[Path], list[dict[str, Any]]]
@@ -42,6 +44,9 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
+LONG = (pytest.mark.long, pytest.mark.slow)
+
+
 class Stopped(BaseException):
     """Stands for a kill: nothing in the package catches it."""
 
@@ -55,19 +60,23 @@ def stop_at(last: int) -> Callable[[int, int], None]:
 
 
 class TestStops:
-    @pytest.mark.parametrize("name", RUNS)
-    @pytest.mark.parametrize("saves", ["at checkpoints", "at every step"])
+    @pytest.mark.parametrize(
+        ("name", "saves"),
+        # Going back to a checkpoint is the same for all: it is tried where the most can be forgotten.
+        [(name, "at every step") for name in RUNS]
+        + [(name, "at checkpoints") for name in ("ERM", "DAFT", "without workers")],
+    )
     def test_at_every_step(
-        self, tiny: Any, outcome: Outcome, monkeypatch: pytest.MonkeyPatch, name: str, saves: str
+        self, tiny: Any, outcome: Outcome, monkeypatch: pytest.MonkeyPatch, name: str, saves: str, shelf: Shelf
     ) -> None:
-        tiny.train("undisturbed/run", **RUNS[name])
+        whole = shelf.read(**RUNS[name])
         if saves == "at every step":
             monkeypatch.setattr(engine, "SECONDS_BETWEEN_SAVES", -1.0)
         for step in range(1, 7):
             with pytest.raises(Stopped):
                 tiny.train("stopped/run", on_step=stop_at(step), **RUNS[name])
         tiny.train("stopped/run", **RUNS[name])
-        assert outcome(tiny.root / "stopped") == outcome(tiny.root / "undisturbed")
+        assert outcome(tiny.root / "stopped") == whole
 
     def test_of_virtual_workers_that_augment(
         self, tiny: Any, outcome: Outcome, image_folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -81,11 +90,14 @@ class TestStops:
         tiny.train("stopped/run", **flags)
         assert outcome(tiny.root / "stopped") == outcome(tiny.root / "undisturbed")
 
-    def test_within_the_teachers(self, tiny: Any, outcome: Outcome, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_within_the_teachers(
+        self, tiny: Any, outcome: Outcome, monkeypatch: pytest.MonkeyPatch, shelf: Shelf
+    ) -> None:
+        flags: dict[str, Any] = {"algorithm": "DAFT", "hparams": {"aft_steps": 3}}
+        whole = shelf.read(**flags)
         monkeypatch.setattr(engine, "SECONDS_BETWEEN_SAVES", -1.0)
-        flags = {"algorithm": "DAFT", "hparams": {"aft_steps": 3}}
-        tiny.train("undisturbed/run", **flags)
         host = contract.find_host()
+        plugin.register(host)
         left = 0
         for kind in (host.algorithms.ERM, host.algorithms.AFT, host.algorithms.DAFT):
 
@@ -107,11 +119,13 @@ class TestStops:
             else:
                 break
         assert n_stops == (6 + 3 + 6) // 2
-        assert outcome(tiny.root / "stopped") == outcome(tiny.root / "undisturbed")
+        assert outcome(tiny.root / "stopped") == whole
 
-    def test_before_and_after_every_write(self, tiny: Any, outcome: Outcome, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_before_and_after_every_write(
+        self, tiny: Any, outcome: Outcome, monkeypatch: pytest.MonkeyPatch, shelf: Shelf
+    ) -> None:
         """Between the resume file and the record that it announces, between `model.pkl` and `done`, and so on."""
-        tiny.train("undisturbed/run", algorithm="KD")
+        whole = shelf.read(algorithm="KD")
         n_events = stops_at = 0
 
         def tick() -> None:
@@ -145,41 +159,40 @@ class TestStops:
                 break
         assert stops_at > 20
         monkeypatch.undo()
-        assert outcome(tiny.root / "stopped") == outcome(tiny.root / "undisturbed")
+        assert outcome(tiny.root / "stopped") == whole
 
 
 class TestRecords:
     @pytest.fixture
-    def stopped(self, tiny: Any) -> Path:
+    def stopped(self, tiny: Any, shelf: Shelf) -> Path:
         """The folder of a run that was stopped after its second record."""
-        with pytest.raises(Stopped):
-            tiny.train("stopped/run", on_step=stop_at(3))
-        tiny.train("undisturbed/run")
-        return tiny.root / "stopped" / "run"
+        return shelf.copy(tiny.root / "stopped" / "run", stop_at=3)
 
-    def finish(self, tiny: Any, outcome: Outcome) -> None:
+    def finish(self, tiny: Any, outcome: Outcome, shelf: Shelf) -> None:
         tiny.train("stopped/run")
-        assert outcome(tiny.root / "stopped") == outcome(tiny.root / "undisturbed")
+        assert outcome(tiny.root / "stopped") == shelf.read()
 
-    def test_those_beyond_the_resume_point_are_dropped(self, tiny: Any, outcome: Outcome, stopped: Path) -> None:
+    def test_those_beyond_the_resume_point_are_dropped(
+        self, tiny: Any, outcome: Outcome, stopped: Path, shelf: Shelf
+    ) -> None:
         path = stopped / "results.jsonl"
         lines = path.read_text().splitlines()
         path.write_text("\n".join([*lines, lines[1].replace('"step": 2', '"step": 4'), "more"]) + "\n")
-        self.finish(tiny, outcome)
+        self.finish(tiny, outcome, shelf)
 
-    def test_a_half_written_one_is_dropped(self, tiny: Any, outcome: Outcome, stopped: Path) -> None:
+    def test_a_half_written_one_is_dropped(self, tiny: Any, outcome: Outcome, stopped: Path, shelf: Shelf) -> None:
         with (stopped / "results.jsonl").open("a") as file:
             file.write('{"args": {"algor')
-        self.finish(tiny, outcome)
+        self.finish(tiny, outcome, shelf)
 
     @pytest.mark.parametrize("keep", [0, 10, -1])
     def test_the_one_that_was_about_to_be_written_is_kept(
-        self, tiny: Any, outcome: Outcome, stopped: Path, keep: int
+        self, tiny: Any, outcome: Outcome, stopped: Path, keep: int, shelf: Shelf
     ) -> None:
         path = stopped / "results.jsonl"
         first, last = path.read_text().splitlines()
         path.write_text(first + "\n" + (last + "\n")[:keep])
-        self.finish(tiny, outcome)
+        self.finish(tiny, outcome, shelf)
 
     def test_those_that_were_kept_are_not_made_again(self, tiny: Any, records: Records, stopped: Path) -> None:
         before = records(stopped)
@@ -207,13 +220,12 @@ class TestRecords:
 
 
 class TestWhatHasChanged:
-    def test_the_folder_may_have_moved(self, tiny: Any, outcome: Outcome) -> None:
-        tiny.train("undisturbed/run")
+    def test_the_folder_may_have_moved(self, tiny: Any, outcome: Outcome, shelf: Shelf) -> None:
         with pytest.raises(Stopped):
             tiny.train("stopped/run", on_step=stop_at(3))
         shutil.move(tiny.root / "stopped", tiny.root / "moved")
         tiny.train("moved/run")
-        assert outcome(tiny.root / "moved") == outcome(tiny.root / "undisturbed")
+        assert outcome(tiny.root / "moved") == shelf.read()
 
     def test_the_data_may_not_change(self, tiny: Any, image_folder: Path) -> None:
         flags = {"dataset": f"folder:{image_folder}", "hparams": FOLDER_HPARAMS}
@@ -341,40 +353,50 @@ sys.stdout.flush()
 sys.exit(status)
 """
 
-    def wait(self, process: BaseProcess, tiny: Any, timeout: float | None = None) -> bool:
+    def wait(self, process: WarmPopen, tiny: Any, timeout: float | None = None) -> bool:
         """Return whether a process has ended; a failure of its own fails the test."""
-        process.join(timeout)
-        assert process.exitcode in (None, 0, -signal.SIGKILL), (tiny.root / "log").read_text()[-2000:]
-        return process.exitcode == 0
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout)
+        assert process.returncode in (None, 0, -signal.SIGKILL), (tiny.root / "log").read_text()[-2000:]
+        return process.returncode == 0
 
+    def wait_for_records(self, process: WarmPopen, tiny: Any) -> None:
+        wait_until(lambda: process.poll() is not None or list((tiny.root / "killed").rglob("*.jsonl")))
+
+    @pytest.mark.long
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", RUNS)
-    @pytest.mark.parametrize("seed", [0, 1])
+    @pytest.mark.parametrize("seed", range(4))
     def test_at_random_moments(
-        self, tiny: Any, outcome: Outcome, start_script: Callable[[str], BaseProcess], name: str, seed: int
+        self, tiny: Any, outcome: Outcome, start_script: Callable[[str], WarmPopen], name: str, seed: int, shelf: Shelf
     ) -> None:
         draw = random.Random(seed)
-        tiny.train("undisturbed/run", **self.RUNS[name])
         n_kills = 0
         while True:
             process = start_script(self.make_code(tiny, **self.RUNS[name]))
             if n_kills < 4:
                 # Not before there is anything to lose.
-                while process.is_alive() and not list((tiny.root / "killed").rglob("*.jsonl")):
-                    time.sleep(0.005)
+                self.wait_for_records(process, tiny)
                 if not self.wait(process, tiny, timeout=draw.uniform(0, 0.4)):
                     process.kill()
-                    process.join()
+                    process.wait()
                     n_kills += 1
                     continue
             if self.wait(process, tiny):
                 break
         assert n_kills
-        assert outcome(tiny.root / "killed") == outcome(tiny.root / "undisturbed")
+        assert outcome(tiny.root / "killed") == shelf.read(**self.RUNS[name])
 
     @pytest.mark.parametrize("algorithm", ["ERM", "DAFT"])
-    @pytest.mark.parametrize("seed", [0, 1])
+    @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=LONG) for seed in range(1, 6))])
     def test_at_random_lines(
-        self, tiny: Any, outcome: Outcome, start_script: Callable[[str], BaseProcess], algorithm: str, seed: int
+        self,
+        tiny: Any,
+        outcome: Outcome,
+        start_script: Callable[[str], WarmPopen],
+        algorithm: str,
+        seed: int,
+        shelf: Shelf,
     ) -> None:
         """The same without a clock: killed when it has executed so many lines of this package's own."""
         prologue = """
@@ -391,7 +413,6 @@ def trace(frame, event, arg):
 sys.settrace(trace)
 """
         draw = random.Random(seed)
-        tiny.train("undisturbed/run", algorithm=algorithm)
         kills = [int(10 ** draw.uniform(2, 3.5)) for _ in range(4)]
         for n_lines in kills:
             code = self.make_code(tiny, prologue.format(n_lines=n_lines), algorithm=algorithm)
@@ -399,18 +420,14 @@ sys.settrace(trace)
                 break
         else:
             assert self.wait(start_script(self.make_code(tiny, algorithm=algorithm)), tiny)
-        assert outcome(tiny.root / "killed") == outcome(tiny.root / "undisturbed")
+        assert outcome(tiny.root / "killed") == shelf.read(algorithm=algorithm)
 
-    @pytest.mark.slow
-    @pytest.mark.parametrize("name", RUNS)
-    def test_from_the_shell(self, tiny: Any, outcome: Outcome, name: str) -> None:
-        tiny.train("undisturbed/run", **self.RUNS[name])
-        argv = [sys.executable, "-m", "daft_domainbed.scripts.train", *tiny.make_argv("killed/run", **self.RUNS[name])]
-        env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": str(torch.get_num_threads())}
-        with subprocess.Popen(argv, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-            while process.poll() is None and not list((tiny.root / "killed").rglob("*.jsonl")):
-                time.sleep(0.005)
-            process.kill()
-        assert process.returncode == -signal.SIGKILL
-        subprocess.run(argv, env=env, check=True, capture_output=True)
-        assert outcome(tiny.root / "killed") == outcome(tiny.root / "undisturbed")
+    def test_the_same_command_goes_on(self, tiny: Any, outcome: Outcome, shelf: Shelf) -> None:
+        argv = tiny.make_argv("killed/run", **self.RUNS["DAFT"])
+        command = [sys.executable, "-m", "daft_domainbed.scripts.train", *argv]
+        process = WarmPopen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.wait_for_records(process, tiny)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        assert run_warm(command).returncode == 0
+        assert outcome(tiny.root / "killed") == shelf.read(**self.RUNS["DAFT"])
