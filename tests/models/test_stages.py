@@ -10,6 +10,7 @@ import torchvision
 from torch import nn
 
 from daft_domainbed.errors import UsageError
+from daft_domainbed.models import frozen as frozen_module
 from daft_domainbed.models.backbones import build_backbone, freeze_backbone, freeze_part
 from daft_domainbed.models.frozen import FrozenPrefix, compute_frozen_in, fix_statistics, share_features
 from daft_domainbed.models.stages import Prefix
@@ -191,3 +192,11 @@ def test_torchvisions_resnet_is_cut_where_its_layers_are() -> None:
     prefix = Prefix(network, 1)
     assert prefix.modules == [network.conv1, network.bn1, network.relu, network.maxpool, network.layer1]
     assert all(key.startswith(("conv1", "bn1", "layer1")) for key in prefix.get_state())
+
+
+def test_activations_are_kept_as_far_as_the_machine_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frozen_module, "share_free_memory", lambda: 3 * (1024 + 4 * 2 * 16 * 16))
+    frozen = freeze_part(build("resnet8_w2"), "stages:1", SHAPE)
+    frozen(torch.randn(8, *SHAPE))
+    (_, row), *_ = frozen.prefix_memory._kept.values()
+    assert (row.nbytes, len(frozen.prefix_memory._kept)) == (4 * 2 * 16 * 16, 3)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from daft_domainbed.runtime import machine
 from daft_domainbed.runtime.machine import find_commit
 
 
@@ -55,3 +56,27 @@ def test_no_repository_and_no_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("PATH", str(tmp_path))
     (tmp_path / "other.py").touch()
     assert find_commit(tmp_path / "other.py") is None
+
+
+@pytest.mark.parametrize(
+    ("available", "limit", "expected"),
+    [
+        ("16777216 kB", "max", 2**32),  # 16 GiB: a quarter for each of two cores, half of its share
+        ("16777216 kB", str(2**32), 2**30),  # a container's limit is the lower one
+        ("1024 kB", "max", 2**28),
+        (None, None, 2**28),
+    ],
+)
+def test_what_may_be_kept_follows_the_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, available: str | None, limit: str | None, expected: int
+) -> None:
+    files = {
+        "/proc/meminfo": available and f"MemTotal: 1 kB\nMemAvailable: {available}\n",
+        "/sys/fs/cgroup/memory.max": limit,
+    }
+    for name, text in files.items():
+        if text is not None:
+            (tmp_path / Path(name).name).write_text(text)
+    monkeypatch.setattr(machine, "Path", lambda name: tmp_path / Path(name).name)
+    monkeypatch.setattr(machine, "count_cores", lambda: 2)
+    assert machine.share_free_memory() == expected
