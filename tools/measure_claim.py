@@ -30,7 +30,7 @@ from daft_domainbed.host.checkpoints import build_model, load_checkpoint
 from daft_domainbed.models.frozen import share_features
 from daft_domainbed.runtime.layout import BEST_CHECKPOINT_FILE, CHECKPOINT_FILE, DONE_FILE, read_first_record
 from daft_domainbed.teachers.teacher import freeze_all
-from tools.claim import MEASURES
+from tools.study import MEASURES
 
 RADII = {"robust_small": 1 / 255, "robust_large": 2 / 255}
 PGD_STEPS = 10

@@ -13,7 +13,8 @@ import pytest
 from daft_domainbed.errors import RunError
 from tests.results.conftest import SweepMaker
 from tools import claim
-from tools.claim import Study
+from tools import study as tables
+from tools.study import Study
 
 Gains = Mapping[int, float]  # by trial
 ENVIRONMENTS = ("red", "green")
@@ -94,12 +95,12 @@ def test_rows_of_a_table_share_their_trials(make_study: Callable[..., Study]) ->
     study = make_study(kd_w8={0: 40, 1: 40, 2: 40}, daft_w8={0: 41, 1: 43, 2: 49}, erm_w8={0: 30, 1: 30})
     family = study.compare_all({"a": ("daft_w8", "kd_w8"), "b": ("daft_w8", "erm_w8")})
     assert [(entry.n, entry.gain) for entry in family.values()] == [(2, pytest.approx(2)), (2, pytest.approx(12))]
-    assert claim.show_comparisons(family).splitlines()[2] == "| a | +2.00 | 0.5000 | 1.0000 | 2 | 4 |"
+    assert tables.show_comparisons(family).splitlines()[2] == "| a | +2.00 | 0.5000 | 1.0000 | 2 | 4 |"
 
 
 def test_teachers_are_those_that_students_recorded(make_study: Callable[..., Study]) -> None:
     study = make_study(kd_w8={0: 40, 3: 41})
-    assert claim.get_teachers(study.report["kd_w8"]) == {0: pytest.approx([60, 60]), 3: pytest.approx([61, 61])}
+    assert tables.get_teachers(study.report["kd_w8"]) == {0: pytest.approx([60, 60]), 3: pytest.approx([61, 61])}
 
 
 def test_size_figure_shows_the_gains_of_its_table(make_study: Callable[..., Study]) -> None:
@@ -136,7 +137,7 @@ def test_comparison_table_corrects_for_its_family(make_study: Callable[..., Stud
     ours = dict.fromkeys(range(6), 40.0)
     study = make_study(daft_w8=ours, kd_w8=dict.fromkeys(ours, 39.0), erm_w8={t: 38.0 + (t == 0) * 5 for t in ours})
     family = {name: study.compare("daft_w8", f"{name}_w8") for name in ("kd", "erm")}
-    *_, kd, erm = claim.show_comparisons(family).splitlines()
+    *_, kd, erm = tables.show_comparisons(family).splitlines()
     assert kd == "| kd | +1.00 [+1.00, +1.00] | 0.0312 | 0.0625 | 6 | 12 |"
     assert erm.startswith("| erm | +1.17 [-0.50, +2.00] |")
 
@@ -145,13 +146,13 @@ def test_development_is_judged_by_training_domains(tmp_path: Path) -> None:
     for name, validation in (("kd_a", 0.5), ("kd_b", 0.6), ("erm_a", 0.3)):
         write_lot(tmp_path / "development", name, "KD", {100: 90 if name == "kd_a" else 10}, validation)
     (tmp_path / "report").mkdir()
-    shown = claim.show_development(Study(tmp_path), {"kd_a": "KD", "kd_b": "KD", "erm_a": "ERM"})
+    shown = tables.show_development(Study(tmp_path), {"kd_a": "KD", "kd_b": "KD", "erm_a": "ERM"})
     assert "| KD | `kd_a` | 50.00 | 1 |\n| KD | `kd_b` | **60.00** | 1 |\n| ERM | `erm_a` | **30.00** | 1 |" in shown
 
 
 def test_proof_names_runs_times_and_commits(make_study: Callable[..., Study]) -> None:
     study = make_study(erm_w8={0: 1, 3: 1})
-    row = claim.show_proof(study).splitlines()[-1]
+    row = tables.show_proof(study).splitlines()[-1]
     assert row == "| `erm_w8` | 4 | 2026-11-24T00:00 | 2026-11-24T03:00 | abc1234 (4) |"
 
 
@@ -160,7 +161,7 @@ def test_costs_are_added_up(make_study: Callable[..., Study], tmp_path: Path) ->
     other = next((tmp_path / "teachers").iterdir())
     copytree(other, other.with_name("another radius"))
     study = make_study(erm_w8={0: 1, 1: 1, 2: 1})
-    rows = claim.show_costs(study).splitlines()[2:]
+    rows = tables.show_costs(study).splitlines()[2:]
     assert rows[0] == "| AFT teachers, resnet8_w8 | 3 | 36.0 | 0.03 |"
     assert rows[1] == "| students w8, report, bf16 | 6 | 36.0 | 0.06 |"
     assert rows[2] == "| **all** | 9 |  | **0.09** |"
