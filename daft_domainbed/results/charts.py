@@ -39,13 +39,14 @@ def draw_curves(table: Table) -> list[dict[str, Any]]:
     legend = [(row.algorithm, color % COLORS) for color, row in enumerate(students)]
     charts: list[dict[str, Any]] = []
     for title, read in _CURVES.items():
-        panels = [(name, _collect_curves(students, env, read)) for env, name in enumerate(table.environments)]
+        panels = [(name, collect_curves(students, env, read)) for env, name in enumerate(table.environments)]
         if any(curves for _, curves in panels):
             charts.append({"title": title, "legend": legend, "panels": _draw_panels(panels)})
     return charts
 
 
-def _read_held_out(run: Run) -> np.ndarray:
+def read_held_out(run: Run) -> np.ndarray:
+    """Return a run's accuracy on its held-out domain's in-split, a fraction a checkpoint."""
     return run.accs[:, run.key.test_envs[0], IN]
 
 
@@ -54,12 +55,12 @@ def _read_training(run: Run) -> np.ndarray:
 
 
 _CURVES: dict[str, ReadCurve] = {
-    "Held-out domain, in-split": _read_held_out,
+    "Held-out domain, in-split": read_held_out,
     "Training domains, mean of the out-splits": _read_training,
 }
 
 
-def _collect_curves(students: Sequence[Row], env: int, read: ReadCurve) -> list[Curve]:
+def collect_curves(students: Sequence[Row], env: int, read: ReadCurve) -> list[Curve]:
     """Collect the curves of a panel: of each algorithm its trials, then their mean."""
     n_lines = sum(min(len(cell.numbers), MOST_TRIALS) for row in students for cell in row.cells)
     n_points = max(8, min(MOST_POINTS, MOST_POINTS_IN_ALL // max(1, 2 * n_lines)))
@@ -145,7 +146,7 @@ class Pair(NamedTuple):
 def draw_teachers_and_students(table: Table, sweep: Sweep) -> Svg:
     """Draw each student's mean beside the mean of its teachers, by held-out domain; nothing without teachers."""
     students = [row for row in table.rows if row.role == "student"]
-    groups = [(name, _pair_up(students, env, sweep)) for env, name in enumerate(table.environments)]
+    groups = [(name, pair_up(students, env, sweep)) for env, name in enumerate(table.environments)]
     pairs = [pair for _, group in groups for pair in group]
     if not any(pair.teachers for pair in pairs):
         return Svg()
@@ -184,7 +185,8 @@ def _draw_pair(pair: Pair, env: str, x: Callable[[float], float], y: int) -> lis
     return [*parts, write_element("circle", told, class_=f"dot {color}", cx=at, cy=y, r=5.5)]
 
 
-def _pair_up(students: Sequence[Row], env: int, sweep: Sweep) -> list[Pair]:
+def pair_up(students: Sequence[Row], env: int, sweep: Sweep) -> list[Pair]:
+    """Return each student's mean on a held-out domain, with those of its own teachers."""
     pairs = []
     for color, row in enumerate(students):
         cell = row.cells[env]

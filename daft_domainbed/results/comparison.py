@@ -12,8 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from daft_domainbed.errors import UsageError, suggest
-from daft_domainbed.results.selection import SELECTION_WORDS
-from daft_domainbed.results.statistics import MOST_EXACT, N_FLIPS, adjust_holm, bootstrap_mean, flip_signs, mean
+from daft_domainbed.results.statistics import adjust_holm, bootstrap_mean, flip_signs, mean
 from daft_domainbed.results.tables import Results, Table
 
 # Of three normal samples the percentile bootstrap's 95 % interval covers the mean in 76 % of cases, of ten in 90 %; and
@@ -98,7 +97,7 @@ def compare_trials(
     is_tested = len(gains) > 1
     by_env: list[float | None] = pairs.mean(axis=0).tolist() if trials else [None] * len(table.environments)
     return Comparison(
-        dataset=table.dataset,
+        dataset=table.name,
         selection=table.selection,
         first=first,
         second=second,
@@ -114,47 +113,4 @@ def compare_trials(
 def collect_trials(table: Table, algorithm: str) -> dict[int, list[float]]:
     """Return a student's accuracies, in percent, of each trial that has one for every held-out domain."""
     rows = [row for row in table.rows if (row.role, row.algorithm) == ("student", algorithm)]
-    for row in rows:
-        cells = [{number.choice.run.key.trial_seed: number.accuracy for number in cell.numbers} for cell in row.cells]
-        trials = set.intersection(*(set(cell) for cell in cells))
-        return {trial: [cell[trial] for cell in cells] for trial in trials}
-    return {}
-
-
-def format_comparisons(comparisons: Sequence[Comparison]) -> str:
-    """Return comparisons as text, a paragraph a data set."""
-    lines: list[str] = []
-    for dataset in dict.fromkeys(entry.dataset for entry in comparisons):
-        family = [entry for entry in comparisons if entry.dataset == dataset]
-        lines += [f"{dataset}: {SELECTION_WORDS[family[0].selection].name}, gains in points, paired by trial"]
-        lines += [f"  {_format(entry)}" for entry in family]
-        n_tested = sum(entry.p is not None for entry in family)
-        if n_tested:
-            corrected = f", Holm's correction over {n_tested} comparisons" if n_tested > 1 else ""
-            is_exact = all(entry.n <= MOST_EXACT for entry in family)
-            flips = "exact sign flips" if is_exact else f"{N_FLIPS:,} random sign flips"
-            lines += [f"  p: two-sided, {flips}{corrected}"]
-        if any(entry.interval for entry in family):
-            lines += ["  95 % interval: bootstrap over trials, 10,000 draws"]
-        lines += [""]
-    return "\n".join(lines)
-
-
-def _format(entry: Comparison) -> str:
-    name = f"{entry.first} - {entry.second}"
-    if entry.gain is None:
-        return f"{name}: no trial in which both have every held-out domain"
-    by_env = ", ".join(f"{env} {gain:+.1f}" for env, gain in entry.gains.items() if gain is not None)
-    if entry.p is None or entry.p_adjusted is None:
-        return f"{name}: {entry.gain:+.1f}, one trial, which says nothing of its spread ({by_env})"
-    few = f", too few for an interval ({FEWEST_TRIALS} or more)"
-    interval = f" [{entry.interval[0]:+.1f}, {entry.interval[1]:+.1f}]" if entry.interval else ""
-    adjusted = f", corrected {_format_p(entry.p_adjusted)}" if entry.p_adjusted != entry.p else ""
-    return (
-        f"{name}: {entry.gain:+.1f}{interval}, p {_format_p(entry.p)}{adjusted}, n = {entry.n} trials"
-        f"{'' if entry.interval else few} ({by_env})"
-    )
-
-
-def _format_p(p: float) -> str:
-    return f"{p:.3f}" if p >= 0.0005 else f"{p:.1e}"
+    return rows[0].list_trials() if rows else {}

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import re
 import textwrap
 from collections.abc import Callable
 from pathlib import PurePosixPath
 from typing import Any
 
+from daft_domainbed.results.grids import NEEDS_BOOKTABS, escape_latex, escape_markdown, to_csv
 from daft_domainbed.results.missing import Missing
 from daft_domainbed.results.sweeps import Sweep
 from daft_domainbed.results.tables import Number, Results, Row, average_datasets, read_hparams
-from daft_domainbed.results.typesetting import NOTHING, Layout, lay_out, say_not_asked
+from daft_domainbed.results.typesetting import Layout, lay_out, say_not_asked
 
 WIDTH = 100  # of text, in columns
 
@@ -60,7 +58,13 @@ def _row_to_json(sweep: Sweep, row: Row) -> dict[str, Any]:
         }
         for cell in row.cells
     ]
-    return {"algorithm": row.algorithm, "role": row.role, "cells": cells, "average": row.average}
+    return {
+        "algorithm": row.algorithm,
+        "role": row.role,
+        "cells": cells,
+        "average": row.average,
+        "average_stderr": row.average_stderr,
+    }
 
 
 def _number_to_json(sweep: Sweep, number: Number) -> dict[str, Any]:
@@ -137,31 +141,27 @@ def format_markdown(results: Results) -> str:
     blocks, not_asked = [], []
     for table in [*results.tables, *average_datasets(results)]:
         if not table.is_asked:
-            not_asked.append(_escape_markdown(say_not_asked(table)))
+            not_asked.append(escape_markdown(say_not_asked(table)))
             continue
         layout = lay_out(table)
-        headers = ["", *map(_escape_markdown, table.environments), "average"]
+        headers = ["", *map(escape_markdown, table.environments), "average"]
         rows = [headers, ["---"] + ["---:"] * (len(headers) - 1)]
         for line in layout.lines:
             cells = []
             for value, error, best, number in line.entries:
                 text = f"{value} {error}".strip()
                 cells.append((f"**{text}**" if best else text) + (f" <sup>{number}</sup>" if number else ""))
-            rows.append([_escape_markdown(line.row.label), *cells])
+            rows.append([escape_markdown(line.row.label), *cells])
         lines = [f"| {' | '.join(row)} |" for row in rows]
-        footnotes = [f"{i}. {_escape_markdown(note)}" for i, note in enumerate(layout.footnotes, 1)]
-        title, caption = _escape_markdown(layout.title), _escape_markdown(layout.caption)
+        footnotes = [f"{i}. {escape_markdown(note)}" for i, note in enumerate(layout.footnotes, 1)]
+        title, caption = escape_markdown(layout.title), escape_markdown(layout.caption)
         blocks += [f"### {title}", caption, "\n".join(lines), "\n".join(footnotes)]
     return "\n\n".join(block for block in [*blocks, *_summarise_missing(results), *not_asked] if block) + "\n"
 
 
-def _escape_markdown(text: str) -> str:
-    return re.sub(r"([\\`*_\[\]<>|#&])", r"\\\1", text)
-
-
 def format_latex(results: Results) -> str:
     r"""Return LaTeX tables for \usepackage{booktabs}, the best student bold."""
-    blocks = [r"% Needs \usepackage{booktabs}."]
+    blocks = [NEEDS_BOOKTABS]
     not_asked = []
     for table in [*results.tables, *average_datasets(results)]:
         if not table.is_asked:
@@ -169,19 +169,19 @@ def format_latex(results: Results) -> str:
             continue
         layout = lay_out(table)
         columns = "c" * (len(table.environments) + 1)
-        headers = " & ".join(["Algorithm", *map(_escape_latex, table.environments), "Average"])
+        headers = " & ".join(["Algorithm", *map(escape_latex, table.environments), "Average"])
         rows = []
         for i, line in enumerate(layout.lines):
             if i and line.row.role != layout.lines[i - 1].row.role:
                 rows.append(r"\midrule")
-            cells = [_escape_latex(line.row.label)]
+            cells = [escape_latex(line.row.label)]
             for value, error, best, number in line.entries:
-                text = _escape_latex(f"{value} {error}".strip())
+                text = escape_latex(f"{value} {error}".strip())
                 cells.append((rf"\textbf{{{text}}}" if best else text) + (rf"$^{{{number}}}$" if number else ""))
             rows.append(" & ".join(cells) + r" \\")
-        caption = _escape_latex(f"{layout.title}. {layout.caption}")
+        caption = escape_latex(table.caption or f"{layout.title}. {layout.caption}")
         footnotes = [
-            rf"\par\footnotesize $^{{{i}}}$ {_escape_latex(note)}" for i, note in enumerate(layout.footnotes, 1)
+            rf"\par\footnotesize $^{{{i}}}$ {escape_latex(note)}" for i, note in enumerate(layout.footnotes, 1)
         ]
         top = [r"\begin{table}", r"\centering", rf"\caption{{{caption}}}", rf"\begin{{tabular}}{{l{columns}}}"]
         body = [r"\toprule", headers + r" \\", r"\midrule", *rows, r"\bottomrule", r"\end{tabular}"]
@@ -189,34 +189,17 @@ def format_latex(results: Results) -> str:
     return "\n\n".join([*blocks, *("% " + line for line in _summarise_missing(results)), *not_asked]) + "\n"
 
 
-_LATEX = {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "±": r"$\pm$",
-    NOTHING: "--",
-    **{c: f"\\{c}" for c in "&%$#_{}"},
-}
-
-
-def _escape_latex(text: str) -> str:
-    return "".join(_LATEX.get(c, c) for c in text)
-
-
 def format_csv(results: Results) -> str:
     """Return a line a cell, the average of a row as environment "average"; `missing` says what a cell lacks."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["dataset", "selection", "role", "algorithm", "env", "mean", "stderr", "n", "missing"])
+    rows: list[list[object]] = []
     for table in results.tables:
         for row in table.rows if table.is_asked else ():
             start = [table.dataset, table.selection, row.role, row.algorithm]
             for cell in row.cells:
-                writer.writerow([*start, cell.env, cell.mean, cell.stderr, len(cell.values), cell.gap])
-            writer.writerow([*start, "average", row.average, None, None, None])
-    return out.getvalue()
+                rows.append([*start, cell.env, cell.mean, cell.stderr, len(cell.values), cell.gap])
+            n = None if row.average_stderr is None else len(row.list_trials())
+            rows.append([*start, "average", row.average, row.average_stderr, n, None])
+    return to_csv(["dataset", "selection", "role", "algorithm", "env", "mean", "stderr", "n", "missing"], rows)
 
 
 def format_json(results: Results) -> str:

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from daft_domainbed.errors import UsageError, suggest
 from daft_domainbed.results.lineage import TracedTeacher, rank_student, trace_teachers
 from daft_domainbed.results.missing import Missing, cut_sweep_path
 from daft_domainbed.results.plans import order_algorithms
@@ -72,16 +73,44 @@ class Row:
         means = [cell.mean for cell in self.cells]
         return mean([m for m in means if m is not None]) if None not in means else None
 
+    def list_trials(self) -> dict[int, list[float]]:
+        """Return the accuracies, in percent, of each trial that has one for every held-out domain."""
+        cells = [{number.choice.run.key.trial_seed: number.accuracy for number in cell.numbers} for cell in self.cells]
+        trials = sorted(set.intersection(*map(set, cells))) if cells else []
+        return {trial: [cell[trial] for cell in cells] for trial in trials}
+
+    @property
+    def average_stderr(self) -> float | None:
+        """Standard error of the average: over trials, of the mean over held-out domains; None for fewer than two."""
+        return standard_error([sum(accs) / len(accs) for accs in self.list_trials().values()])
+
 
 @dataclass(frozen=True)
 class Table:
-    """One data set under one selection; `is_asked` is False where the sweep has no runs for this selection at all."""
+    """One data set under one selection.
+
+    Attributes:
+        dataset: Its name; "Averages" over data sets.
+        selection: The rule that chose the checkpoints.
+        environments: Names of its domains.
+        rows: Students, then teachers.
+        is_asked: False where the sweep has no runs for this selection at all.
+        label: What the data set is called in print, where it is not its name.
+        caption: What stands in the place of the caption, where anything was given.
+    """
 
     dataset: str
     selection: str
     environments: list[str]
     rows: list[Row]
     is_asked: bool
+    label: str = ""
+    caption: str = ""
+
+    @property
+    def name(self) -> str:
+        """What the data set is called in print."""
+        return self.label or self.dataset
 
     @property
     def n_trials(self) -> int:
@@ -223,6 +252,34 @@ def read_hparams(sweep: Sweep, run: Run) -> dict[str, Any]:
     }
 
 
+def present(
+    results: Results, *, selection: str | None = None, names: Mapping[str, str] | None = None, caption: str = ""
+) -> Results:
+    """Return results as a paper shows them.
+
+    Args:
+        results: All tables.
+        selection: The only one whose tables stay; all stay without it.
+        names: What data sets are called in print, by their names.
+        caption: What stands in the place of the captions.
+
+    Raises:
+        UsageError: There is no such data set, or a caption for several tables.
+    """
+    known = list(dict.fromkeys(table.dataset for table in results.tables))
+    for name in names or {}:
+        if name not in known:
+            raise UsageError(f"--dataset_name {name}=...: no such data set.{suggest(name, known)} There are {known}")
+    tables = [
+        replace(table, label=(names or {}).get(table.dataset, ""), caption=caption)
+        for table in results.tables
+        if selection in (None, table.selection)
+    ]
+    if caption and (asked := sum(table.is_asked for table in tables)) > 1:
+        raise UsageError(f"--caption would stand over {asked} tables: choose one with --selection")
+    return replace(results, tables=tables)
+
+
 def average_datasets(results: Results) -> list[Table]:
     """Average over held-out domains, then tabulate data sets, for each selection that every data set was asked for.
 
@@ -232,7 +289,7 @@ def average_datasets(results: Results) -> list[Table]:
     tables = []
     for selection in SELECTIONS if len(datasets) > 1 else ():
         parts = [table for table in results.tables if table.selection == selection]
-        if not all(table.is_asked for table in parts):
+        if not parts or not all(table.is_asked for table in parts):
             continue
         names = {
             role: [row.algorithm for table in parts for row in table.rows if row.role == role]
@@ -243,7 +300,7 @@ def average_datasets(results: Results) -> list[Table]:
             for role in names
             for name in order_algorithms(results.sweep.plan if role == "student" else None, names[role])
         ]
-        tables.append(Table("Averages", selection, datasets, rows, is_asked=True))
+        tables.append(Table("Averages", selection, [table.name for table in parts], rows, is_asked=True))
     return tables
 
 
@@ -251,10 +308,6 @@ def _average_row(table: Table, algorithm: str, role: str) -> Cell:
     row = next((row for row in table.rows if (row.algorithm, row.role) == (algorithm, role)), None)
     if row is None:
         return Cell(table.dataset, [], [], "not in this data set's sweep")
-    by_trial: dict[int, list[float]] = {}
-    for cell in row.cells:
-        for number in cell.numbers:
-            by_trial.setdefault(number.choice.run.key.trial_seed, []).append(number.accuracy)
-    complete = [sum(accs) / len(accs) for _, accs in sorted(by_trial.items()) if len(accs) == len(row.cells)]
+    complete = [sum(accs) / len(accs) for accs in row.list_trials().values()]
     gap = "some held-out domains are missing, see its table" if any(cell.gap for cell in row.cells) else ""
     return Cell(table.dataset, complete, [], gap)

@@ -46,7 +46,7 @@ def lay_out(table: Table) -> Layout:
     over = "the in-split of the held-out domain" if table.dataset != "Averages" else "held-out domains, averaged"
     spread = f"mean ± standard error, n = {table.n_trials} trials" if table.n_trials > 1 else "one trial"
     caption = f"Accuracy in percent on {over}, {spread}. Chosen: {words.rule}."
-    return Layout(table, f"{table.dataset}: {words.name}", caption, lines, list(footnotes.values()))
+    return Layout(table, f"{table.name}: {words.name}", table.caption or caption, lines, list(footnotes.values()))
 
 
 def _write_footnotes(table: Table) -> dict[str, str]:
@@ -65,7 +65,7 @@ def _write_footnotes(table: Table) -> dict[str, str]:
 
 def _write_entries(row: Row, best: list[float | None], numbers: dict[str, str]) -> list[Entry]:
     triples = [(cell.mean, cell.stderr, numbers.get(cell.gap, "")) for cell in row.cells]
-    triples.append((row.average, None, ""))
+    triples.append((row.average, row.average_stderr, ""))
     return [
         Entry(
             NOTHING if value is None else f"{value:.1f}",
@@ -80,6 +80,6 @@ def _write_entries(row: Row, best: list[float | None], numbers: dict[str, str]) 
 def say_not_asked(table: Table) -> str:
     """Return why a selection that the sweep never asked for has no table."""
     return (
-        f"{table.dataset}: {SELECTION_WORDS[table.selection].name} needs runs with every pair of domains held out; "
+        f"{table.name}: {SELECTION_WORDS[table.selection].name} needs runs with every pair of domains held out; "
         "this sweep holds out single domains only, so there is no such table."
     )

@@ -19,12 +19,12 @@ Accuracy in percent on the in-split of the held-out domain, mean ± standard err
 Chosen: the checkpoint with the best mean out-split accuracy over the training domains.
 
        red           green         blue         average
-ERM    60.5 ± 0.5    61.5 ± 0.5    62.5 ± 0.5   61.5
-KD     62.5 ± 0.5    63.5 ± 0.5    64.5 ± 0.5   63.5
+ERM    60.5 ± 0.5    61.5 ± 0.5    62.5 ± 0.5   61.5 ± 0.5
+KD     62.5 ± 0.5    63.5 ± 0.5    64.5 ± 0.5   63.5 ± 0.5
 DAFT   65.5 ± 0.5*   66.5 ± 0.5*   68.0* [1]    66.7*
--------------------------------------------------------
+----------------------------------------------------------
 teachers
-ERM    70.0 ± 0.0    71.0 ± 0.0    72.0 ± 0.0   71.0
+ERM    70.0 ± 0.0    71.0 ± 0.0    72.0 ± 0.0   71.0 ± 0.0
 AFT    75.0 ± 0.0    76.0 ± 0.0    77.0 [2]     76.0
 """
 
@@ -76,9 +76,9 @@ def test_markdown(full_sweep):
     lines = print_as("markdown", full_sweep.root).splitlines()
     assert lines[0] == "### Toy: training-domain validation"
     assert "|  | red | green | blue | average |" in lines
-    assert "| KD | 62.5 ± 0.5 | 63.5 ± 0.5 | 64.5 ± 0.5 | 63.5 |" in lines
-    assert "| DAFT | **65.5 ± 0.5** | **66.5 ± 0.5** | **67.5 ± 0.5** | **66.5** |" in lines
-    assert "| AFT teacher | 75.0 ± 0.0 | 76.0 ± 0.0 | 77.0 ± 0.0 | 76.0 |" in lines
+    assert "| KD | 62.5 ± 0.5 | 63.5 ± 0.5 | 64.5 ± 0.5 | 63.5 ± 0.5 |" in lines
+    assert "| DAFT | **65.5 ± 0.5** | **66.5 ± 0.5** | **67.5 ± 0.5** | **66.5 ± 0.5** |" in lines
+    assert "| AFT teacher | 75.0 ± 0.0 | 76.0 ± 0.0 | 77.0 ± 0.0 | 76.0 ± 0.0 |" in lines
 
 
 def test_latex(full_sweep):
@@ -113,6 +113,7 @@ def test_csv(full_sweep):
     assert row["missing"] == "not launched (trial 0, hparams_seed 0)"
     (average,) = [r for r in rows if (r["selection"], r["algorithm"], r["env"]) == ("oracle", "KD", "average")]
     assert float(average["mean"]) == pytest.approx(63.5)
+    assert (float(average["stderr"]), average["n"]) == (pytest.approx(0.5), "2")
 
 
 def test_json_does_not_depend_on_the_place(full_sweep, tmp_path):

@@ -30,7 +30,7 @@ def test_schema_and_numbers(full_sweep):
         ("AFT", "teacher"),
     ]
     daft = table["rows"][2]
-    assert list(daft) == ["algorithm", "role", "cells", "average"]
+    assert list(daft) == ["algorithm", "role", "cells", "average", "average_stderr"]
     cell = daft["cells"][1]  # 60 + 5 + 1 + trial
     assert cell["env"] == "green"
     assert cell["mean"] == pytest.approx(66.5)
