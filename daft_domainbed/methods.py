@@ -43,6 +43,7 @@ class Method:
         distilled_by: The method whose students learn from its models; a student of plain teachers refuses them.
         mixin: The class, where the user added it.
         hparams: Its hyperparameters, where the user added it.
+        takes_texts: Whether it trains on texts; what has no file here is not asked.
     """
 
     file: str = ""
@@ -51,6 +52,7 @@ class Method:
     distilled_by: str = ""
     mixin: type | None = None
     hparams: Mapping[str, Any] | None = None
+    takes_texts: bool = False
 
     @property
     def is_ours(self) -> bool:
@@ -64,8 +66,8 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-    "ERM": Method(),
-    "SMA": Method("sma", is_plain=False),
+    "ERM": Method(takes_texts=True),
+    "SMA": Method("sma", is_plain=False, takes_texts=True),
     "AFT": Method("aft", (Slot("ERM", starts=True),), distilled_by="DAFT"),
     "KD": Method(
         "daft",
@@ -81,6 +83,7 @@ METHODS: dict[str, Method] = {
                 described_by="teacher",
             ),
         ),
+        takes_texts=True,
     ),
     "DAFT": Method("daft", (Slot("AFT", passes=("aft_", "teacher"), steps="aft_steps"),)),
     "AT": Method("at"),

@@ -11,6 +11,7 @@ from PIL import Image, ImageFile
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
+from daft_domainbed.embedded.documents import DocRanking
 from daft_domainbed.embedded.domains import MultipleDomainDataset
 from daft_domainbed.embedded.in_memory import (
     ColoredDigits,
@@ -163,7 +164,7 @@ _CLASSES: dict[str, type[MultipleDomainDataset]] = {
     for kind in (
         *(Debug28, Debug224, ColoredMNIST, RotatedMNIST),
         *(VLCS, PACS, OfficeHome, TerraIncognita, DomainNet),
-        *(EmojiStyles, EmojiStylesUnseen, ColoredDigits),
+        *(EmojiStyles, EmojiStylesUnseen, ColoredDigits, DocRanking),
     )
 }
 DATASETS = list(_CLASSES)

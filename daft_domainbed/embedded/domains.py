@@ -21,9 +21,9 @@ from daft_domainbed.errors import UsageError
 class MultipleDomainDataset:
     """A sequence of domains, each a data set of (image, class) samples.
 
-    `INPUT_SPEC` says what a pixel is: "imagenet" (normalised), "unit" (in [0, 1]) or "none" (noise without a box);
-    `SEEDED` whether the seed at construction decides the data; `SMALL` whether small-image hyperparameters fit;
-    `HPARAMS` which defaults and random draws (None: the default) the set has of its own.
+    `INPUT_SPEC` says what a pixel is: "imagenet" (normalised), "unit" (in [0, 1]), "none" (noise without a box) or
+    "tokens" (texts); `SEEDED` whether the seed at construction decides the data; `SMALL` whether small-image
+    hyperparameters fit; `HPARAMS` which defaults and random draws (None: the default) the set has of its own.
     """
 
     N_STEPS = 5001

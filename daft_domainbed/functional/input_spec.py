@@ -42,4 +42,5 @@ INPUT_SPECS = {
     "imagenet": InputSpec(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
     "unit": InputSpec(),
     "none": InputSpec(has_box=False),
+    "tokens": InputSpec(has_box=False),  # no image at all: hashes of words
 }

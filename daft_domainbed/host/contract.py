@@ -116,7 +116,7 @@ class DatasetFacts:
         name: As given to `--dataset`.
         dataset_class: The host's.
         environments: Names of its domains.
-        input_shape: (C, H, W), or None where only the instance knows it.
+        input_shape: (C, H, W), of lists of texts (rows, words), or None where only the instance knows it.
         pixels: Which of INPUT_SPECS says how it normalises its images.
         is_seeded: Whether its contents depend on the seed that it is built under.
         is_small: Whether it gets the hyperparameters that DomainBed gives to small images.
@@ -136,6 +136,11 @@ class DatasetFacts:
     def is_folder(self) -> bool:
         """Whether it is a folder of the user's own images."""
         return self.name.startswith("folder:")
+
+    @property
+    def has_texts(self) -> bool:
+        """Whether its samples are hashes of words, not images."""
+        return self.pixels == "tokens"
 
     @property
     def side(self) -> int | None:

@@ -1,4 +1,4 @@
-"""Networks by name: our small ResNets, torchvision's and timm's models, as featurizers that a host accepts."""
+"""Networks by name: our small ResNets and rankers, torchvision's and timm's models, as featurizers of a host."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from daft_domainbed.models.feature_memory import FeatureMemory
 from daft_domainbed.models.frozen import Frost, freeze, freeze_prefix, remember
 from daft_domainbed.models.open_clip import build_open_clip
 from daft_domainbed.models.pretrained import build_timm, build_torchvision
+from daft_domainbed.models.ranker import Ranker
 from daft_domainbed.models.resnet8 import ResNet8
 from daft_domainbed.models.weights import load_weights
 
 IMAGENET = INPUT_SPECS["imagenet"]
-_RESNET8 = re.compile(r"resnet8_w(\d+)")
+_OURS = re.compile(r"(resnet8|ranker)_w(\d+)")
 
 
 def build_backbone(
@@ -36,19 +37,22 @@ def build_backbone(
     One of open_clip resizes its input to the size that it knows, whatever the others do.
 
     Args:
-        name: `resnet8_w<N>`, a torchvision model, `timm/<name>`, or `open_clip/<name>`.
-        input_shape: (C, H, W).
-        weights: "pretrained", "none", or a file of the backbone's state dict; resnet8 has only the latter two.
+        name: `resnet8_w<N>`, `ranker_w<N>`, a torchvision model, `timm/<name>`, or `open_clip/<name>`.
+        input_shape: (C, H, W), or of lists of texts (rows, words).
+        weights: "pretrained", "none", or a file of the backbone's state dict; ours have only the latter two.
         side: Pixels to which a torchvision or timm backbone resizes its input; None leaves it.
         input_spec: How the data set normalised its images; such a backbone normalises them anew in its own way.
 
     Raises:
         UsageError: Unknown name, weights that cannot be had or do not fit, or an input the network cannot take.
     """
-    if match := _RESNET8.fullmatch(name):
-        if int(match[1]) == 0:
-            raise UsageError(f"backbone {name!r} has no channels: its width has to be at least 1, as in 'resnet8_w8'")
-        network: nn.Module = ResNet8(input_shape[0], int(match[1]))
+    match = _OURS.fullmatch(name)
+    is_ranker = match is not None and match[1] == "ranker"
+    if is_ranker != (len(input_shape) == 2):
+        wanted, found = ("lists of texts", "images") if is_ranker else ("images", "lists of texts")
+        raise UsageError(f"backbone {name!r} takes {wanted}, and the data are {found}: choose another")
+    if match:
+        network = _build_ours(name, is_ranker, int(match[2]), input_shape)
         return network if weights in ("pretrained", "none") else _load_into(network, Path(weights), name)
     if input_shape[0] != 3:
         raise UsageError(f"backbone {name!r} takes 3 channels, the data have {input_shape[0]}: use resnet8_w<N>")
@@ -60,6 +64,13 @@ def build_backbone(
     if weights not in ("pretrained", "none"):
         _load_into(network, Path(weights), name)
     return HeadlessBackbone(network, side, input_spec, _get_network_spec(network), input_shape, name)
+
+
+def _build_ours(name: str, is_ranker: bool, width: int, input_shape: Sequence[int]) -> nn.Module:
+    if width == 0 or (is_ranker and width % 2):
+        example, rule = ("ranker_w32", "a positive even number") if is_ranker else ("resnet8_w8", "at least 1")
+        raise UsageError(f"backbone {name!r} has a width of {width}: it has to be {rule}, as in {example!r}")
+    return Ranker(input_shape, width) if is_ranker else ResNet8(input_shape[0], width)
 
 
 def build_backbones(

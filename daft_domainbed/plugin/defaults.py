@@ -25,12 +25,12 @@ from daft_domainbed.hparams import (
     or_word,
     split_hparams,
 )
-from daft_domainbed.methods import PLAIN, Slot, find_method, list_ours, list_slots, load_class
+from daft_domainbed.methods import METHODS, PLAIN, Slot, find_method, list_ours, list_slots, load_class
 from daft_domainbed.models.weights import to_plain
 from daft_domainbed.plugin.registry import REGISTRY, Pairs
 
 _HOST_SIDES = (28, 32)  # for which DomainBed has small networks
-_SMALL_STUDENT, _SMALL_TEACHER = "resnet8_w8", "resnet8_w32"
+_SMALL_STUDENT, _SMALL_TEACHER, _RANKER = "resnet8_w8", "resnet8_w32", "ranker_w32"
 _SMALL_DATASET = "Debug28"  # stands in for "DomainBed's small images", a list that upstream keeps to itself
 
 _NAMES, _SIDES = one_or_more(is_text), one_or_more(or_auto(number(8, integer=True)))
@@ -40,7 +40,8 @@ NETWORK: dict[str, Hparam] = {
     "backbone": Hparam(
         "default",
         _NAMES,
-        "`default`, DomainBed's own choice for the input; `resnet8_w<N>`; a torchvision name; `timm/<name>`; or "
+        "`default`, DomainBed's own choice for the input; `resnet8_w<N>`; `ranker_w<N>` for lists of texts; a "
+        "torchvision name; `timm/<name>`; or "
         "several names, whose features are taken together",
     ),
     "weights": Hparam(
@@ -57,7 +58,7 @@ NETWORK: dict[str, Hparam] = {
     ),
     "pixels": Hparam(
         "imagenet",
-        one_of("imagenet", "unit", "none"),
+        one_of("imagenet", "unit", "none", "tokens"),
         "how the data set normalises its images; kept with a checkpoint, so that its backbone can normalise anew",
     ),
 }
@@ -249,9 +250,22 @@ def _adapt_defaults(algorithm: str, dataset: DatasetFacts) -> dict[str, Any]:
         adapted["pixels"] = dataset.pixels
         if dataset.is_folder and dataset.is_small and side not in _HOST_SIDES:  # the host has no featurizer for it
             adapted["backbone"] = _SMALL_STUDENT
-    if side in _HOST_SIDES or (dataset.is_folder and dataset.is_small):
-        adapted |= {f"{slot.prefix}_backbone": _SMALL_TEACHER for slot in method.slots}
+    if dataset.has_texts or side in _HOST_SIDES or (dataset.is_folder and dataset.is_small):
+        network = _RANKER if dataset.has_texts else _SMALL_TEACHER
+        adapted |= {f"{slot.prefix}_backbone": network for slot in method.slots}
     return adapted
+
+
+def check_input(algorithms: Iterable[str], dataset: DatasetFacts) -> None:
+    """Refuse methods of ours that are made for images, on lists of texts.
+
+    Raises:
+        UsageError: Names the method, and those that take texts.
+    """
+    takers = [name for name, method in METHODS.items() if method.takes_texts]
+    for name in algorithms:
+        if dataset.has_texts and find_method(name).file and name not in takers:
+            raise UsageError(f"{name} takes images, and {dataset.name} has texts: choose {', '.join(takers)}")
 
 
 def refuse_engine_hparams(user: Mapping[str, Any]) -> None:

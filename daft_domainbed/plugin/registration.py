@@ -19,12 +19,13 @@ from daft_domainbed.hparams import Hparam
 from daft_domainbed.methods import METHODS, PLAIN, Method, Slot, list_ours, load_class
 from daft_domainbed.models.backbones import build_backbones, freeze_part
 from daft_domainbed.models.frozen import fix_statistics
+from daft_domainbed.models.ranker import build_head
 from daft_domainbed.plugin.added import check_hparams, check_slots
 from daft_domainbed.plugin.defaults import build_pairs, get_hparams, list_plain_pairs
 from daft_domainbed.plugin.patching import without_pretrained_weights
 from daft_domainbed.plugin.registry import REGISTRY, Pairs, Registration
 
-OUR_DATASETS = ("EmojiStyles", "EmojiStylesUnseen", "ColoredDigits")
+OUR_DATASETS = ("EmojiStyles", "EmojiStylesUnseen", "ColoredDigits", "DocRanking")
 _SOURCE = "daft_domainbed_source"  # what a script is called that is run for what it adds
 
 
@@ -40,6 +41,7 @@ def register(host: Host) -> None:
         _add_datasets(registration)
     registration.patches.set(host.hparams_registry, "_hparams", _extend_hparams(host))
     registration.patches.set(host.networks, "Featurizer", _extend_featurizer(host))
+    registration.patches.set(host.networks, "Classifier", functools.partial(build_head, host.networks.Classifier))
 
 
 def unregister(host: Host) -> None:

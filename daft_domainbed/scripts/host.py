@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from daft_domainbed.host import contract
     from daft_domainbed.hparams import parse_json
     from daft_domainbed.plugin import upstream
-    from daft_domainbed.plugin.defaults import check_user_hparams, refuse_engine_hparams
+    from daft_domainbed.plugin.defaults import check_input, check_user_hparams, refuse_engine_hparams
     from daft_domainbed.plugin.registry import REGISTRY
 
     host = contract.find_host("upstream")
@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for dataset in known.datasets or [known.dataset]:
         # Upstream would take a hyperparameter that no algorithm knows in silence.
         facts = contract.describe_dataset(host, dataset, user)
+        check_input(known.algorithms or [known.algorithm], facts)
         check_user_hparams(host, user, host.algorithms.ALGORITHMS, facts, asked=["any registered algorithm"])
     if args.module == TRAIN:
         if {"-h", "--help"} & set(args.args):

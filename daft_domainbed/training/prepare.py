@@ -16,6 +16,7 @@ from daft_domainbed.host.contract import DatasetFacts, Host, describe_dataset, f
 from daft_domainbed.hparams import parse_json, split_hparams
 from daft_domainbed.methods import list_stages
 from daft_domainbed.plugin.defaults import (
+    check_input,
     check_own_hparams,
     check_user_hparams,
     get_default_hparams,
@@ -83,6 +84,7 @@ def prepare(args: TrainArgs) -> Prepared:
     device = find_device(args.device)
     check_precision(args.precision, device, args.algorithm)
     stages = list_stages(args.algorithm, user | own)
+    check_input(stages, dataset)
     check_user_hparams(host, user, stages, dataset, asked=stages)
     check_own_hparams(host, given, host.algorithms.ALGORITHMS, dataset, where=f"in host {host.name}")
     hparams = choose_hparams(host, args, dataset, user | own)

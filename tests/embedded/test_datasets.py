@@ -46,9 +46,13 @@ def build(name: str, root: str | None = None, test_envs: tuple[int, ...] = (0,),
 def test_class_attributes(name: str) -> None:
     kind = datasets.get_dataset_class(name)
     assert datasets.num_environments(name) == len(set(kind.ENVIRONMENTS))
-    assert len(kind.INPUT_SHAPE) == 3
-    is_own = name in ("EmojiStyles", "EmojiStylesUnseen", "ColoredDigits")
-    assert ((400, 0, True) if is_own else (5001, 8, False)) == (kind.N_STEPS, kind.N_WORKERS, kind.SMALL)
+    is_text, is_own = name == "DocRanking", name in ("EmojiStyles", "EmojiStylesUnseen", "ColoredDigits", "DocRanking")
+    assert len(kind.INPUT_SHAPE) == (2 if is_text else 3)
+    assert ((120 if is_text else 400, 0, True) if is_own else (5001, 8, False)) == (
+        kind.N_STEPS,
+        kind.N_WORKERS,
+        kind.SMALL,
+    )
     frequencies = dict.fromkeys(FOLDERS, 300) | {"DomainNet": 1000}
     assert frequencies.get(name, 100) == kind.CHECKPOINT_FREQ
 

@@ -76,6 +76,7 @@ CASES = [
         needs_runner=True,
     ),
     Case("emoji", {"dataset": "EmojiStyles", "test_envs": [3]}, {"backbone": "resnet8_w2"}, needs_runner=True),
+    Case("documents", {"dataset": "DocRanking", "test_envs": [3]}, {"backbone": "ranker_w8"}, needs_runner=True),
     Case(
         "sma",
         {"dataset": "EmojiStyles", "test_envs": [3], "algorithm": "SMA"},
