@@ -11,6 +11,8 @@ from typing import Any
 
 import jinja2
 
+from daft_domainbed.results.comparison import FEWEST_TRIALS
+from daft_domainbed.results.statistics import bootstrap_mean, mean
 from daft_domainbed.runtime.layout import TEACHERS_FOLDER
 from tools.proof import check_records
 from tools.study import (
@@ -23,7 +25,7 @@ from tools.study import (
     show_equivalence,
     show_proof,
 )
-from tools.trials import COSTS
+from tools.trials import COSTS, MEASURES
 
 ARMS = {
     "erm": "ERM",
@@ -65,34 +67,48 @@ def show_study(folder: Path) -> str:
     check_records(archives, folder / "report")
     planned = {path.stem for path in (folder / "report").glob("*.yaml")}
     with tempfile.TemporaryDirectory() as name:
-        costs = unpack(archives, planned, Path(name))
+        costs, measures = unpack(archives, planned, Path(name))
         studies = {weights: Study(Path(name), weights) for weights in ("averaged", "plain")}
     if not studies["plain"].report:
         return ""
     loader = jinja2.FileSystemLoader(folder)
     environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    return environment.get_template("report.md.j2").render(describe(studies, planned, costs))
+    return environment.get_template("report.md.j2").render(describe(studies, planned, costs, measures))
 
 
-def unpack(archives: Sequence[Path], report: set[str], root: Path) -> list[dict[str, Any]]:
-    """Unpack archives into a folder each for development, report and teachers; return what their trials cost."""
-    costs = []
+def unpack(archives: Sequence[Path], report: set[str], root: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Unpack archives into a folder each for development, report and teachers.
+
+    Returns:
+        What each trial cost, and what was measured of each teacher of a report trial.
+    """
+    costs, measures = [], []
     for place in ("development", "report", TEACHERS_FOLDER):
         (root / place).mkdir()
     for archive in archives:
         with tarfile.open(archive) as tar:
+            sweeps = {member.name.partition("/")[0] for member in tar.getmembers()}
             for member in tar.getmembers():
                 sweep = member.name.partition("/")[0]
                 if sweep == TEACHERS_FOLDER:
                     tar.extract(member, root, filter="data")
-                elif sweep != COSTS:
+                elif sweep not in (COSTS, MEASURES):
                     tar.extract(member, root / ("report" if sweep in report else "development"), filter="data")
                 elif content := tar.extractfile(member):
-                    costs.append(json.load(content))
-    return costs
+                    texts = content.read().decode()
+                    if sweep == COSTS:
+                        costs.append(json.loads(texts))
+                    elif sweeps & report:
+                        measures += [json.loads(line) for line in texts.splitlines()]
+    return costs, measures
 
 
-def describe(studies: Mapping[str, Study], planned: set[str], costs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def describe(
+    studies: Mapping[str, Study],
+    planned: set[str],
+    costs: Sequence[Mapping[str, Any]],
+    measures: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
     """Return what the section's template takes."""
     plain = studies["plain"]
 
@@ -115,6 +131,7 @@ def describe(studies: Mapping[str, Study], planned: set[str], costs: Sequence[Ma
             if {"daft", "kd"} <= {*plain.report}
             else {}
         ),
+        "teachers": show_teachers(measures),
         "equivalence": lambda pairs, weights: show_equivalence(studies[weights], keep_run(pairs), MARGIN),
         "primary": PRIMARY,
         "secondary": SECONDARY,
@@ -125,6 +142,47 @@ def describe(studies: Mapping[str, Study], planned: set[str], costs: Sequence[Ma
         "costs": show_costs(plain),
         "processor_hours": f"{seconds / 3600:.1f}",
     }
+
+
+_MEASURED = {
+    "accuracy": "held-out accuracy, %",
+    "nll": "held-out NLL",
+    "margin": "held-out margin",
+    "agreement": "agreement across styles, %",
+    "entropy": "entropy on training styles",
+}
+
+
+def show_teachers(measures: Sequence[Mapping[str, Any]]) -> str:
+    """Return means over trials of what was measured of the main teacher by radius, and the differences by trial.
+
+    A trial's number is the mean over its styles; radius 0 is the same fine-tuning without the adversary.
+    """
+    lines: dict[str, dict[int, list[Mapping[str, Any]]]] = {}
+    for line in measures:
+        if isinstance(line["backbone"], str):  # the main teacher is one network
+            name = "ERM" if line["kind"] == "ERM" else f"AFT, radius {line['radius']:g}"
+            lines.setdefault(name, {}).setdefault(line["trial"], []).append(line)
+    groups = {
+        name: {
+            trial: {key: mean([line[key] for line in of_trial]) or 0.0 for key in _MEASURED}
+            for trial, of_trial in trials.items()
+        }
+        for name, trials in lines.items()
+    }
+    rows = []
+    for name in sorted(groups, reverse=True):  # ERM first
+        values = [[trial[key] for trial in groups[name].values()] for key in _MEASURED]
+        rows.append([name, *(f"{mean(numbers):.3g}" for numbers in values), str(len(groups[name]))])
+    for name in sorted(set(groups) - {"ERM"}):
+        shared = sorted(groups[name].keys() & groups.get("ERM", {}).keys())
+        cells = []
+        for key in _MEASURED:
+            gains = [groups[name][trial][key] - groups["ERM"][trial][key] for trial in shared]
+            low, high = bootstrap_mean(gains)
+            cells.append(f"{mean(gains):+.3g}" + (f" [{low:+.3g}, {high:+.3g}]" if len(gains) >= FEWEST_TRIALS else ""))
+        rows.append([f"{name} - ERM", *cells, str(len(shared))])
+    return make_table(["", *_MEASURED.values(), "trials"], rows)
 
 
 def show_styles(study: Study, pairs: Mapping[str, tuple[str, str]]) -> str:

@@ -1,11 +1,12 @@
 """Run sweeps trial by trial, all of them on one trial before the next, and keep each trial's records.
 
 python -m tools.trials sweeps/laptop sweeps/laptop/sweep.yaml --trials 100 101
-python -m tools.trials STUDY FILE... --trials 0 24 --n_jobs 2 --commit
+python -m tools.trials STUDY FILE... --trials 0 24 --n_jobs 2 --teachers STORE --commit
 
 An interruption costs one trial at most: the same command goes on. After each trial its records, without weights, are
 packed into STUDY/records/trial_N.tar.xz, committed where that is asked, and the cache of features is emptied, since
-another trial's views are others. A sweep whose file ends before a trial (`n_trials`) has no part in it.
+another trial's views are others. With --teachers, a store's teachers of the trial are measured. A sweep whose file ends
+before a trial (`n_trials`) has no part in it.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ from daft_domainbed.errors import RunError
 from daft_domainbed.runtime.layout import DONE_FILE, RECORDS_FILE, TEACHERS_FOLDER, read_first_record
 from daft_domainbed.scripts.sweep import read_config
 
-COSTS = "costs.json"
+COSTS, MEASURES = "costs.json", "teachers.jsonl"
 
 
-def run_trial(study: Path, files: Sequence[Path], trial: int, n_jobs: int) -> Path:
+def run_trial(study: Path, files: Sequence[Path], trial: int, n_jobs: int, store: Path | None = None) -> Path:
     """Run what sweeps have on a trial, and pack its records; return the archive.
 
     Args:
@@ -41,6 +42,7 @@ def run_trial(study: Path, files: Sequence[Path], trial: int, n_jobs: int) -> Pa
         files: Of the sweeps, in the order in which they are run.
         trial: Its seed.
         n_jobs: Jobs at a time.
+        store: Of teachers that are measured; see `tools.measure_teachers`.
 
     Raises:
         RunError: A sweep failed; the others were not begun.
@@ -63,7 +65,14 @@ def run_trial(study: Path, files: Sequence[Path], trial: int, n_jobs: int) -> Pa
     runs = [folder for given in sweeps.values() for folder in list_runs(given, trial)]
     archive = study / "records" / f"trial_{trial}.tar.xz"
     # What an interrupted call spent was spent before.
-    pack(runs, {COSTS: json.dumps({"load": os.getloadavg()[0], "sweeps": costs}, indent=1) + "\n"}, archive)
+    texts = {COSTS: json.dumps({"load": os.getloadavg()[0], "sweeps": costs}, indent=1) + "\n"}
+    if store is not None:
+        command = [sys.executable, "-m", "tools.measure_teachers", str(store), "--trial", str(trial)]
+        command += [
+            f"--feature_cache={given['feature_cache']}" for given in [*sweeps.values()][:1] if "feature_cache" in given
+        ]
+        texts[MEASURES] = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    pack(runs, texts, archive)
     for given in sweeps.values():
         if "feature_cache" in given:
             shutil.rmtree(given["feature_cache"], ignore_errors=True)
@@ -135,11 +144,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE")
     parser.add_argument("--trials", type=int, nargs=2, required=True, metavar=("FIRST", "END"))
     parser.add_argument("--n_jobs", type=int, default=2)
+    parser.add_argument("--teachers", type=Path, metavar="STORE")
     parser.add_argument("--commit", action="store_true")
     args = parser.parse_args(argv)
     for trial in range(*args.trials):
         if not (args.study / "records" / f"trial_{trial}.tar.xz").is_file():
-            archive = run_trial(args.study, args.files, trial, args.n_jobs)
+            archive = run_trial(args.study, args.files, trial, args.n_jobs, args.teachers)
             print(f"{archive}: {archive.stat().st_size} bytes", flush=True)
             if args.commit:
                 commit(archive, trial)

@@ -15,6 +15,7 @@ from tools.study import Study, show_equivalence
 from tools.trials import pack
 
 TRIALS = range(6)
+MEASURED = ("accuracy", "nll", "margin", "agreement", "entropy")
 NOISE = (2.0, -1.9, 1.5, -1.4, 0.9, -1.0)
 # What each arm has more than ERM's 40 percent: averaged weights always a point more.
 GAINS = {"erm": [0.0] * 6, "kd": [0.5] * 6, "kd_matched": [2.0 + noise for noise in NOISE], "daft": [2.0] * 6}
@@ -53,7 +54,12 @@ def test_the_section_is_what_the_records_say(runs: Path, tmp_path: Path, monkeyp
             if json.loads(file.read_text().splitlines()[0])["args"]["trial_seed"] == trial
         ]
         costs = json.dumps({"sweeps": [{"processor_seconds": 600.0}]})
-        pack(folders, {"costs.json": costs}, study / "records" / f"trial_{trial}.tar.xz")
+        lines = [
+            {"kind": kind, "radius": radius, "backbone": "a", "trial": trial, **dict.fromkeys(MEASURED, value + trial)}
+            for kind, radius, value in (("ERM", None, 1.0), ("AFT", 0.3, 3.0), ("AFT", 0.3, 5.0), ("AFT", 0, 1.0))
+        ]
+        measures = "".join(json.dumps(line) + "\n" for line in lines)
+        pack(folders, {"costs.json": costs, "teachers.jsonl": measures}, study / "records" / f"trial_{trial}.tar.xz")
     monkeypatch.setattr(pretrained, "check_records", lambda archives, report: None)
     text = pretrained.show_study(study)
     assert "| DAFT | 43.0 ± 0.0 | 53.0 ± 0.0 | 48.0 ± 0.0 | 6 |" in text  # 40 + 2 + 1, and 10 more on green
@@ -61,6 +67,9 @@ def test_the_section_is_what_the_records_say(runs: Path, tmp_path: Path, monkeyp
     assert "| DAFT - ERM | +2.00 [+2.00, +2.00] | 0.0312 |" in text
     assert "| KD - ERM | +0.5 | +0.5 |" in text
     assert "1.0 processor hours" in text
+    assert "| ERM | 3.5 | 3.5 | 3.5 | 3.5 | 3.5 | 6 |" in text
+    assert "| AFT, radius 0.3 - ERM | +3 [+3, +3] |" in text
+    assert "| AFT, radius 0 - ERM | +0 [+0, +0] |" in text
     assert "`daft_eps0`" in text.split("Planned and not run")[1].split("\n")[0]
 
 
