@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 # Further flags for the main job, e.g. make demo ARGS="--n_trials 3".
 ARGS ?=
 
-# Two workers, on the two cores that any machine has; one that has nothing left takes tests of the other's.
-PYTEST := $(BIN)/pytest -n 2 --dist worksteal --durations=10
+# Three workers on the two cores that any machine has: one of them often waits for a service. Who has nothing left
+# takes tests of the others.
+PYTEST := $(BIN)/pytest -n 3 --dist worksteal --durations=10
 
 .PHONY: help venv demo claim pages test test-long lint format
 

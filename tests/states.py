@@ -105,11 +105,11 @@ def _restore_handlers(before: dict[int, Any]) -> None:
 
 
 def _read_threads() -> frozenset[threading.Thread]:
-    # A thread that Python did not start never ends for Python; those that decode images are the process's for good.
+    # A thread that Python did not start never ends for Python; the others are their process's for good.
     return frozenset(
         thread
         for thread in threading.enumerate()
-        if not isinstance(thread, threading._DummyThread) and not thread.name.startswith("images")
+        if not isinstance(thread, threading._DummyThread) and not thread.name.startswith(("images_", "tqdm_"))
     )
 
 

@@ -94,10 +94,10 @@ place = Path({str(tmp_path)!r})
 def test_same_numbers_as_local_and_nothing_left_behind(
     launch: Callable[..., tuple[int, dict[str, str]]], tmp_path: Path, outcome: Outcome
 ) -> None:
-    jobs = plan(tmp_path / "ray", "ERM", "DAFT")
+    jobs = plan(tmp_path / "ray", "ERM", "KD")
     launcher, failures = launch(tmp_path / "ray", jobs, Options(n_jobs=2), Silence())
     assert failures == {}
-    local = plan(tmp_path / "local", "ERM", "DAFT")
+    local = plan(tmp_path / "local", "ERM", "KD")
     assert run_local(tmp_path / "local", local, Options(n_jobs=2), Silence()) == {}
     assert outcome(tmp_path / "ray") == outcome(tmp_path / "local")
     assert not list(Path(tempfile.gettempdir()).glob(f"daft_ray_{launcher}_*"))

@@ -88,20 +88,39 @@ def read_tree(root: Path) -> dict[Path, int]:
 def sweep(tmp_path: Path, capfd: Capture, monkeypatch: pytest.MonkeyPatch) -> Sweep:
     """A sweep yet to be launched, in a folder of its own."""
     monkeypatch.setitem(launchers._BUILT_IN, "here", lambda: run_here)
-    monkeypatch.setitem(launchers._BUILT_IN, "later", lambda: lambda *_: None)  # plans, and runs nothing
     monkeypatch.chdir(tmp_path)
     return Sweep(tmp_path / "sweep", capfd)
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished sweep of ERM and KD that nothing disturbed; not to be written to."""
-    root = tmp_path_factory.mktemp("reference")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Finished sweeps of ERM and of KD that nothing disturbed; not to be written to."""
+    roots = {name: tmp_path_factory.mktemp(name) for name in ("ERM", "KD")}
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(launchers._BUILT_IN, "here", lambda: run_here)
-        argv = ["launch", "--output_dir", str(root), "--command_launcher", "here", "--skip_confirmation", *KD, *SMALL]
-        assert run_command("sweep", argv) == 0
-    return root
+        for flags, root in ((ERM, roots["ERM"]), (KD, roots["KD"])):
+            argv = ["launch", "--output_dir", str(root), "--command_launcher", "here", "--skip_confirmation"]
+            assert run_command("sweep", [*argv, *flags, *SMALL]) == 0
+    return roots
+
+
+@pytest.fixture
+def reference(finished: dict[str, Path]) -> Path:
+    return finished["KD"]
+
+
+@pytest.fixture
+def erm_sweep(sweep: Sweep, finished: dict[str, Path]) -> Sweep:
+    """A finished sweep of ERM, which has moved here."""
+    shutil.copytree(finished["ERM"], sweep.root)
+    return sweep
+
+
+@pytest.fixture
+def kd_sweep(sweep: Sweep, finished: dict[str, Path]) -> Sweep:
+    """A finished sweep of KD, which has moved here."""
+    shutil.copytree(finished["KD"], sweep.root)
+    return sweep
 
 
 def answer(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
@@ -168,18 +187,15 @@ def test_threads_are_the_sweeps(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -
     assert "threads is 2 there and 1 here" in sweep.refuse("launch", "--skip_confirmation", "--threads", "1")
 
 
-def test_sweep_may_have_moved(sweep: Sweep, tmp_path: Path) -> None:
-    sweep.launch(*KD, *SMALL)
-    before = read_tree(sweep.root)
-    sweep.root.rename(tmp_path / "moved")
-    sweep.root = tmp_path / "moved"
-    shutil.rmtree(sweep.root / sweep.jobs[-1].folder)
-    sweep.launch()
-    assert sweep.count() == {"done": 9}
-    assert not (tmp_path / "sweep").exists()
-    teachers = [job for job in sweep.jobs if job.stage == "erm_teacher"]
+def test_sweep_may_have_moved(kd_sweep: Sweep, reference: Path) -> None:
+    before = read_tree(reference)
+    shutil.rmtree(kd_sweep.root / kd_sweep.jobs[-1].folder)
+    kd_sweep.launch()
+    assert kd_sweep.count() == {"done": 9}
+    assert read_tree(reference) == before
+    teachers = [job for job in kd_sweep.jobs if job.stage == "erm_teacher"]
     for path in (f"{job.folder}/model.pkl" for job in teachers):
-        assert (tmp_path / "moved" / path).stat().st_mtime_ns == before[tmp_path / "sweep" / path]
+        assert (kd_sweep.root / path).stat().st_mtime_ns == before[reference / path]
 
 
 @pytest.mark.parametrize(
@@ -193,8 +209,8 @@ def test_sweep_may_have_moved(sweep: Sweep, tmp_path: Path) -> None:
     ],
     ids=lambda value: value[-2] if isinstance(value, list) else "",
 )
-def test_sweep_grows(sweep: Sweep, first: list[str], more: list[str], n_jobs: int) -> None:
-    sweep.launch(*ERM, *SMALL, *first)
+def test_sweep_grows(sweep: Sweep, finished: dict[str, Path], first: list[str], more: list[str], n_jobs: int) -> None:
+    shutil.copytree(finished[first[-1] if first[-1] in finished else "ERM"], sweep.root)
     before = {path: time for path, time in read_tree(sweep.root).items() if path.name != PLAN_FILE}
     sweep.launch(*more)
     assert len(sweep.jobs) == n_jobs
@@ -230,12 +246,8 @@ def test_launchers_are_chosen_by_name(sweep: Sweep, launcher: str) -> None:
     status, out, lines = sweep("launch", *ERM, *SMALL, "--skip_confirmation", "--command_launcher", launcher)
     assert status == 0, lines
     if launcher == "dummy":
-        first, *commands = out.splitlines()
-        assert first == "# student: 3"
-        assert [shlex.split(line)[:3] for line in commands] == [
-            [sys.executable, "-m", "daft_domainbed.launch.work"]
-        ] * 3
-        assert not sweep.root.exists()
+        assert [shlex.split(line)[4] for line in out.splitlines()] == [job.folder for job in sweep.jobs]
+        assert sweep.count() == {"not launched": 3}
     else:
         assert sweep.count() == {"done": 3}
         assert len([line for line in lines if "/3] ERM student, " in line]) == 3
@@ -271,12 +283,11 @@ def test_nobody_to_answer(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None
     assert not sweep.root.exists()
 
 
-def test_nothing_to_launch_is_not_asked_about(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
-    sweep.launch(*ERM, *SMALL)
+def test_nothing_to_launch_is_not_asked_about(erm_sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
     answer(monkeypatch, "")
-    status, out, lines = sweep("launch")
+    status, out, lines = erm_sweep("launch")
     assert status == 0
-    assert lines == ["all 3 jobs are done", f"results: daft-domainbed collect_results --input_dir {sweep.root}"]
+    assert lines == ["all 3 jobs are done", f"results: daft-domainbed collect_results --input_dir {erm_sweep.root}"]
     assert "3 jobs" in out
 
 
@@ -317,15 +328,14 @@ def test_what_cannot_be_launched_has_no_folder(sweep: Sweep, argv: list[str], sa
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_another_sweep_does_not_get_the_folder(sweep: Sweep, argv: list[str], says: str) -> None:
-    sweep.launch(*ERM, *SMALL)
-    line = sweep.refuse("launch", "--skip_confirmation", *argv)
-    assert f"{sweep.root} holds a sweep with other arguments" in line
+def test_another_sweep_does_not_get_the_folder(erm_sweep: Sweep, argv: list[str], says: str) -> None:
+    line = erm_sweep.refuse("launch", "--skip_confirmation", *argv)
+    assert f"{erm_sweep.root} holds a sweep with other arguments" in line
     assert says in line
 
 
 def test_another_sweep_does_not_get_the_folder_of_one_that_has_just_begun(sweep: Sweep) -> None:
-    sweep("launch", *ERM, *SMALL, "--skip_confirmation", "--command_launcher", "later")
+    sweep("launch", *ERM, *SMALL, "--skip_confirmation", "--command_launcher", "dummy")
     folder = sweep.root / sweep.jobs[0].folder
     folder.mkdir()
     with claim(folder):
@@ -488,7 +498,7 @@ def test_studies_of_the_repository_are_read(study: str) -> None:
 @pytest.fixture
 def motley(sweep: Sweep) -> Iterator[dict[str, str]]:
     """A sweep with a job in every state; folders by state."""
-    sweep("launch", *KD, *SMALL, "--skip_confirmation", "--command_launcher", "later")
+    sweep("launch", *KD, *SMALL, "--skip_confirmation", "--command_launcher", "dummy")
     jobs = sweep.jobs
     students = [job for job in jobs if job.args.algorithm == "ERM" and job.stage == "student"]
 
@@ -584,7 +594,7 @@ def test_run_that_is_begun_while_it_is_asked_is_not_deleted(
 
 
 def test_store_that_other_sweeps_share_is_left_alone(sweep: Sweep, tmp_path: Path) -> None:
-    flags = ["--skip_confirmation", "--command_launcher", "later", "--teachers_dir", str(tmp_path / "store")]
+    flags = ["--skip_confirmation", "--command_launcher", "dummy", "--teachers_dir", str(tmp_path / "store")]
     sweep("launch", *KD, *SMALL, *flags)
     for job in (sweep.jobs[0], sweep.jobs[-1]):
         write_failure(sweep.root / job.folder, "no luck")
@@ -622,9 +632,9 @@ def test_chosen_weights_stay_and_the_tables_with_them(sweep: Sweep, capfd: Captu
 
 
 def test_weights_stay_while_anything_is_missing(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
-    sweep("launch", *ERM, *SMALL, "--skip_confirmation", "--command_launcher", "later", "--keep", "chosen")
+    sweep("launch", *ERM, *SMALL, "--skip_confirmation", "--command_launcher", "dummy", "--keep", "chosen")
     run_here(sweep.root, sweep.jobs[:2])
-    sweep("launch", "--skip_confirmation", "--command_launcher", "later", "--keep", "chosen")
+    sweep("launch", "--skip_confirmation", "--command_launcher", "dummy", "--keep", "chosen")
     assert len(list(sweep.root.glob("*/model.pkl"))) == 2
 
 
@@ -738,7 +748,7 @@ STOPPED = "daft-domainbed sweep: the jobs that were running have saved where the
 
 
 def test_stopped_launcher_has_its_jobs_save_and_the_same_command_goes_on(
-    tmp_path: Path, sweep: Sweep, outcome: Outcome, start: Start
+    tmp_path: Path, finished: dict[str, Path], outcome: Outcome, start: Start
 ) -> None:
     root, log = tmp_path / "stopped", tmp_path / "log0"
     # The job goes on only once it has heard of it.
@@ -752,8 +762,7 @@ def test_stopped_launcher_has_its_jobs_save_and_the_same_command_goes_on(
     assert not list(root.rglob(".*"))
     assert start(root).wait(120) == 0
     assert "going on at step" in "".join(path.read_text() for path in root.rglob("err.txt"))
-    sweep.launch(*ERM, *SMALL)
-    assert outcome(root) == outcome(sweep.root)
+    assert outcome(root) == outcome(finished["ERM"])
 
 
 def test_launcher_is_interrupted_from_the_keyboard(tmp_path: Path, start: Start) -> None:

@@ -42,6 +42,7 @@ def read(archive: Path) -> dict[str, Any]:
         return {member.name: tar.extractfile(member).read() for member in tar.getmembers()}  # type: ignore[union-attr]
 
 
+@pytest.mark.usefixtures("warm_servers")
 def test_a_trial_of_all_sweeps_before_the_next(study: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     from daft_domainbed.scripts import sweep
 
