@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -16,6 +17,7 @@ class SharedArgs:
 
     Attributes:
         leave_out_classes: Names of the classes that no environment shows, and for which the model has no output.
+        cap_batch_size: Whether a batch that a domain cannot fill is made smaller.
         teachers_dir: The store of teachers; None is `teachers/` beside the run's folder, in a sweep's folder.
         image_cache: A folder for decoded images; None decodes each image whenever it is read.
         feature_cache: A folder for the features of frozen backbones; None keeps them for the run.
@@ -29,6 +31,7 @@ class SharedArgs:
     holdout_fraction: float = 0.2
     uda_holdout_fraction: float = 0.0
     leave_out_classes: list[str] | None = None
+    cap_batch_size: bool = False
     skip_model_save: bool = False
     host: str = "embedded"
     device: str = "auto"
@@ -44,6 +47,8 @@ class TrainArgs(SharedArgs):
 
     Attributes:
         data_seed: What the data set is built under where it is not `seed`: a teacher's data are its student's.
+        data_id: By which files a folder of images is known; None, as in older runs, by its name alone.
+        data_path: Where that folder lies, absolute; None is where `dataset` says.
     """
 
     dataset: str = "RotatedMNIST"
@@ -55,6 +60,8 @@ class TrainArgs(SharedArgs):
     output_dir: str = "train_output"
     save_model_every_checkpoint: bool = False
     data_seed: int | None = None
+    data_id: str | None = None
+    data_path: str | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,7 @@ class SweepArgs(SharedArgs):
 
     Attributes:
         chosen: Settings that another sweep chose, and which (`launch/rerun.py`); the students have them.
+        data: `data_id` and `data_path` of the folders of images among the data sets, by name.
     """
 
     datasets: list[str]
@@ -76,12 +84,13 @@ class SweepArgs(SharedArgs):
     single_test_envs: bool = False
     threads: int = 1
     chosen: dict[str, Any] | None = None
+    data: dict[str, dict[str, str | None]] = field(default_factory=dict)
 
 
 # Where a run or a sweep lies, where its data and teachers lie (what they hold is verified) and on what it runs may
 # change between two starts.
 PLACES = ("data_dir", "teachers_dir", "image_cache", "feature_cache", "device")
-MOVABLE = ("output_dir", *PLACES)
+MOVABLE = ("output_dir", "data_id", "data_path", "data", *PLACES)
 
 # The arguments that names of folders and teachers have been made of from the beginning. Later ones count only where
 # they are not at their defaults, so that what was begun before them goes on.
@@ -123,21 +132,51 @@ def list_differences(stored: Mapping[str, Any], args: SharedArgs, *, ignored: tu
         ignored: Names that do not count beside the movable ones.
     """
     defaults = get_defaults(type(args))
+    if is_same_data(defaults | dict(stored), vars(args)):
+        ignored = ("dataset", *ignored)
+    has_files = stored.get("data_id") is not None
     pairs = {
         item.name: (stored.get(item.name, defaults.get(item.name)), getattr(args, item.name))
         for item in fields(args)
         if item.name not in (*MOVABLE, *ignored)
     }
     return [
-        "other settings were chosen" if name == "chosen" else f"{name} is {there} there and {here} here"
+        _phrase(name, there, here, has_files=has_files)
         for name, (there, here) in pairs.items()
-        if _normalise(name, there) != _normalise(name, here)
+        if name == "dataset" or _normalise(name, there) != _normalise(name, here)
     ]
 
 
+def _phrase(name: str, there: Any, here: Any, *, has_files: bool) -> str:
+    if name == "chosen":
+        return "other settings were chosen"
+    return f"{name} is {there} there and {here} here" + (
+        ", with other files" if name == "dataset" and has_files else ""
+    )
+
+
+def is_same_data(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Return whether the arguments of two runs name the same data: by their files, or by name where nobody knows them.
+
+    Example:
+        >>> birds = {"dataset": "folder:a/birds", "data_id": "12"}
+        >>> is_same_data(birds, {"dataset": "folder:fowl", "data_id": "12"})
+        True
+        >>> is_same_data(birds, {"dataset": "folder:b/birds", "data_id": "34"})
+        False
+        >>> is_same_data(birds, {"dataset": "folder:b/birds"})
+        True
+    """
+    ids = one.get("data_id"), other.get("data_id")
+    if None not in ids:
+        return ids[0] == ids[1]
+    names = one.get("dataset"), other.get("dataset")
+    return names[0] == names[1] or (
+        isinstance(names[0], str) and isinstance(names[1], str) and name_dataset(names[0]) == name_dataset(names[1])
+    )
+
+
 def _normalise(name: str, value: Any) -> Any:
-    if name == "dataset" and isinstance(value, str):
-        return name_dataset(value)
     if name == "chosen" and isinstance(value, dict):
         return value["settings"]  # the sweep that they come from may have moved
     return parse_json(value) if name == "hparams" else value
@@ -153,3 +192,19 @@ def name_dataset(dataset: str) -> str:
     return (
         f"folder:{Path(dataset.removeprefix('folder:')).resolve().name}" if dataset.startswith("folder:") else dataset
     )
+
+
+def find_data_path(args: Mapping[str, Any], data_dir: str | None = None) -> str | None:
+    """Return where the folder of a run's images lies now; None is where its name says, or that there is none.
+
+    Args:
+        args: Of the run.
+        data_dir: Where the user says that the data lie now: the folder, or the one that holds it.
+    """
+    if not args["dataset"].startswith("folder:"):
+        return None
+    if data_dir is not None:
+        inside = Path(data_dir, name_dataset(args["dataset"]).removeprefix("folder:"))
+        return os.path.abspath(inside if inside.is_dir() else data_dir)
+    recorded = args.get("data_path")
+    return recorded if isinstance(recorded, str) and os.path.isdir(recorded) else None

@@ -18,6 +18,7 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +28,7 @@ from daft_domainbed import __doc__ as PACKAGE_SUMMARY
 from daft_domainbed._version import __version__
 from daft_domainbed.errors import DISK_FULL, RunError, UsageError, suggest
 from daft_domainbed.runtime.stopping import Stopped
+from daft_domainbed.runtime.streams import mend_streams
 
 PROGRAM = "daft-domainbed"
 SCRIPTS = Path(__file__).parent / "scripts"
@@ -173,6 +175,7 @@ def run_command(name: str, argv: Sequence[str] | None = None) -> int:
 
 
 def _guard(program: str, call: Callable[[], int], debug: bool) -> int:
+    mend_streams()
     try:
         try:
             return call()
@@ -228,7 +231,8 @@ def _can_print(probe: str) -> bool:
     try:
         print(end=probe, flush=True)
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with suppress(OSError):  # a notebook's output has no number
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return False
     return True
 

@@ -190,12 +190,14 @@ def parse_json(text: str | None) -> dict[str, Any]:
     """Parse `--hparams`.
 
     Raises:
-        UsageError: It is not a JSON object.
+        UsageError: It is not a JSON object, or has a key twice.
     """
     if not text:
         return {}
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_take_pairs)
+    except UsageError:
+        raise
     except (ValueError, RecursionError) as error:
         raise UsageError(
             f"--hparams {text!r} is not JSON ({error}): write it as "
@@ -218,6 +220,15 @@ def split_hparams(user: Mapping[str, Any], algorithm: str) -> tuple[dict[str, An
     shared = {name: value for name, value in user.items() if not isinstance(value, dict)}
     own = user.get(algorithm)
     return shared, dict(own) if isinstance(own, dict) else {}
+
+
+def _take_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            values = " and ".join(json.dumps(value) for key, value in pairs if key == name)
+            raise UsageError(f"--hparams has {name!r} {names.count(name)} times ({values}): give it once")
+    return dict(pairs)
 
 
 def check_names(

@@ -12,7 +12,6 @@ import hashlib
 import os
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -24,12 +23,16 @@ from numpy.typing import NDArray
 from PIL import Image, features
 from torchvision.datasets import ImageFolder
 
+from daft_domainbed.data.readers import Readers
+from daft_domainbed.embedded.pixels import is_deep
 from daft_domainbed.errors import DISK_FULL, UsageError
 from daft_domainbed.host import contract
 from daft_domainbed.runtime import locks, stopping
 from daft_domainbed.runtime.files import writing_atomically
 
-_SIGNATURE = b"DAFTimg1"
+_SIGNATURE = b"DAFTimg2"
+_CLIPPED = b"DAFTimg1"  # of files in which images of more than 8 bits were clipped
+_MAY_BE_DEEP = (".png", ".tif", ".tiff", ".pgm", ".ppm")
 _HEAD = len(_SIGNATURE) + hashlib.sha256().digest_size
 _ROW = np.dtype([("height", "<u4"), ("width", "<u4"), ("crc", "<u4")])
 
@@ -64,7 +67,9 @@ def read_or_name(read: Callable[[str], T], path: str) -> T:
     """
     try:
         return read(path)
-    except (OSError, SyntaxError, ValueError) as error:  # all that Pillow raises on a broken file
+    except UsageError:
+        raise
+    except Exception as error:  # decoders raise errors of every kind
         raise UsageError(f"broken image {path} ({error}): mend or remove it") from error
 
 
@@ -88,8 +93,10 @@ class CachedImages:
         self.bytes = np.memmap(file, dtype=np.uint8, mode="r").view(np.ndarray)
         start = _HEAD + len(paths) * _ROW.itemsize
         table = self.bytes[_HEAD:start].tobytes()
-        if self.bytes[:_HEAD].tobytes() != _make_head(key, table):
-            raise ValueError(f"{file} is damaged")
+        head = self.bytes[:_HEAD].tobytes()
+        is_clipped = head == _make_head(key, table, _CLIPPED) and any(map(_is_deep, paths))
+        if is_clipped or head not in (_make_head(key, table), _make_head(key, table, _CLIPPED)):
+            raise ValueError(f"{file} is damaged, or older than images of more than 8 bits")
         self.rows = np.frombuffer(table, dtype=_ROW)
         sizes = 3 * self.rows["height"].astype(np.int64) * self.rows["width"]
         self.ends = start + np.cumsum(sizes)
@@ -166,17 +173,26 @@ def _describe(domain: ImageFolder) -> bytes:
     digest = hashlib.sha256(repr([*how, sorted(getattr(loader, "keywords", {}).items())]).encode())
     for path, _ in domain.samples:
         stat = os.stat(path)
-        digest.update(f"{path[len(str(domain.root)) :]}\0{stat.st_size} {stat.st_mtime_ns}\n".encode())
+        digest.update(
+            f"{path[len(str(domain.root)) :]}\0{stat.st_size} {stat.st_mtime_ns}\n".encode(errors="surrogateescape")
+        )
     return digest.digest()
 
 
-def _make_head(key: bytes, table: bytes) -> bytes:
-    return _SIGNATURE + hashlib.sha256(key + table).digest()
+def _is_deep(path: str) -> bool:
+    if not path.lower().endswith(_MAY_BE_DEEP):
+        return False
+    with Image.open(path) as image:
+        return is_deep(image)
+
+
+def _make_head(key: bytes, table: bytes, signature: bytes = _SIGNATURE) -> bytes:
+    return signature + hashlib.sha256(key + table).digest()
 
 
 def _make(file: Path, paths: Sequence[str], key: bytes, load: Loader, claim: locks.Claim) -> None:
     threads = torch.get_num_threads()
-    with writing_atomically(file) as out, ThreadPoolExecutor(threads) as pool:
+    with writing_atomically(file) as out, Readers(threads) as pool:
         out.seek(_HEAD + len(paths) * _ROW.itemsize)
         rows: list[tuple[int, int, int]] = []
         while chunk := paths[len(rows) : len(rows) + 4 * threads]:  # which are in memory at once

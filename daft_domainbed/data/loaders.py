@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.utils.data import TensorDataset, default_collate
 
 from daft_domainbed.data.augmentation import Draw, SplitTransform, split_transform
 from daft_domainbed.data.image_cache import CachedImages, read_or_name
+from daft_domainbed.data.readers import Readers
 from daft_domainbed.data.streams import Stream
 from daft_domainbed.data.views import Views
 from daft_domainbed.errors import UsageError
@@ -156,9 +157,9 @@ def _read_size(path: str) -> tuple[int, int] | None:
 
 
 @functools.cache
-def _get_pool(process: int, threads: int) -> ThreadPoolExecutor:
+def _get_pool(process: int, threads: int) -> Readers:
     """Return this process's threads for images; those of a parent are not a child's."""
-    return ThreadPoolExecutor(threads, thread_name_prefix="images")
+    return Readers(threads)
 
 
 class _ImageStream(Stream):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from daft_domainbed.data.readers import Readers
 from daft_domainbed.embedded.data import load_digits, load_emoji_styles
 from daft_domainbed.embedded.datasets import read_image
+from daft_domainbed.embedded.image_folder import Found, walk_images
 from daft_domainbed.errors import UsageError
 from daft_domainbed.functional.input_spec import InputSpec
 
@@ -115,7 +115,7 @@ def _draw_from(images: Tensor, white: int) -> Draw:
 
 
 def _open_folder(folder: Path, input_shape: tuple[int, ...]) -> Draw:
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+    files = sorted(map(Path, walk_images(folder, Found()))) if folder.is_dir() else []
     if not files:
         raise UsageError(f"no image below {folder}: name a folder that holds some, as in folder:PATH")
     _, height, width = input_shape
@@ -126,7 +126,7 @@ def _open_folder(folder: Path, input_shape: tuple[int, ...]) -> Draw:
 
     def draw(n: int, generator: torch.Generator) -> Tensor:
         chosen = [files[i] for i in torch.randint(len(files), (n,), generator=generator).tolist()]
-        with ThreadPoolExecutor(_N_THREADS) as threads:
+        with Readers(_N_THREADS) as threads:
             return torch.stack(list(threads.map(read, chosen))) / 255
 
     return draw

@@ -8,6 +8,7 @@ from typing import Any
 
 from daft_domainbed.arguments import TrainArgs
 from daft_domainbed.data.left_out import leave_out
+from daft_domainbed.embedded.image_folder import identify
 from daft_domainbed.errors import UsageError
 from daft_domainbed.host.contract import Host
 
@@ -22,6 +23,11 @@ class Data:
     in_splits: list[Any]
     out_splits: list[Any]
     uda_splits: dict[int, Any]  # by environment; only those that are not empty
+
+    @property
+    def lengths(self) -> list[int]:
+        """Number of images of every environment."""
+        return [len(env) for env in self.dataset]
 
     def list_splits(self) -> list[tuple[Any, Any]]:
         """Return the in- and the out-split of every environment."""
@@ -47,6 +53,11 @@ def build_data(host: Host, args: TrainArgs, hparams: Mapping[str, Any], dataset_
             raise
         reason = " ".join(str(error).split())[:200]
         raise UsageError(f"{args.dataset} cannot be read from --data_dir {args.data_dir}: {reason}") from error
+    if args.data_id is not None and (found := identify(dataset)) != args.data_id:
+        raise UsageError(
+            f"{args.data_path or args.dataset} holds other files than this run is of ({found[:12]} here and "
+            f"{args.data_id[:12]} there): bring them back, or choose another --output_dir"
+        )
     if args.leave_out_classes:
         leave_out(dataset, args.leave_out_classes)
     return split_environments(host, args, dataset)
@@ -76,28 +87,68 @@ def _flatten(split: Any) -> Any:
     return split
 
 
-def check_sizes(data: Data, args: TrainArgs, hparams: Mapping[str, Any], environments: Sequence[str]) -> None:
+@dataclass(frozen=True)
+class Sizes:
+    """How many images a run has, known from its arguments before anything is split.
+
+    Attributes:
+        parts: Images in the in- and the out-split of each environment.
+        sources: What batches are drawn from, by name: in-splits of training domains, and unlabelled parts.
+    """
+
+    parts: dict[str, tuple[int, int]]
+    sources: dict[str, int]
+
+    @property
+    def largest_batch(self) -> int:
+        """The largest batch that every source can serve."""
+        return min(self.sources.values())
+
+
+def count_images(lengths: Sequence[int], args: TrainArgs, environments: Sequence[str]) -> Sizes:
+    """Count the images of a run.
+
+    Args:
+        lengths: Images of each environment.
+        args: Of the run.
+        environments: Names.
+    """
+    parts, sources = {}, {}
+    for i, (name, length) in enumerate(zip(environments, lengths, strict=True)):
+        n_out = int(length * args.holdout_fraction)
+        parts[name] = (length - n_out, n_out)
+        n_unlabelled = int((length - n_out) * args.uda_holdout_fraction)
+        if i not in args.test_envs:
+            sources[name] = length - n_out
+        elif n_unlabelled:
+            sources[f"{name}, unlabelled part"] = n_unlabelled
+    return Sizes(parts, sources)
+
+
+def check_sizes(sizes: Sizes, args: TrainArgs, hparams: Mapping[str, Any]) -> None:
     """Refuse environments too small for their splits or for a batch, for which upstream would wait without end.
 
     Raises:
         UsageError: Names the environment, and the batch size that fits.
     """
-    held_out = set(args.test_envs)
-    for i, (in_, out) in enumerate(zip(data.in_splits, data.out_splits, strict=True)):
-        if not len(in_) or not len(out):
+    for name, (n_in, n_out) in sizes.parts.items():
+        if not n_in or not n_out:
             raise UsageError(
-                f"env {environments[i]!r} has {len(in_) + len(out)} images, of which --holdout_fraction "
-                f"{args.holdout_fraction} leaves {len(in_)} in and {len(out)} out: change the fraction or add images"
+                f"env {name!r} has {n_in + n_out} images, of which --holdout_fraction "
+                f"{args.holdout_fraction} leaves {n_in} in and {n_out} out: change the fraction or add images"
             )
-    if hparams["class_balanced"]:
-        return  # that loader draws each batch afresh, whatever the size of the split
-    batch_size = hparams["batch_size"]
-    trained = [(environments[i], split) for i, split in enumerate(data.in_splits) if i not in held_out]
-    unlabelled = [("the unlabelled part of the held-out domains", split) for split in data.uda_splits.values()]
-    largest = min(len(split) for _, split in trained + unlabelled)
-    for name, split in trained + unlabelled:
-        if len(split) < batch_size:
+    batch_size = cap_batch_size(sizes, args, hparams)
+    for name, size in sizes.sources.items():
+        if size < batch_size and not hparams["class_balanced"]:  # that loader draws each batch afresh
+            draw = f" (hparams_seed {args.hparams_seed} of {args.algorithm})" if args.hparams_seed else ""
             raise UsageError(
-                f"env {name!r} has {len(split)} training images but batch_size is {batch_size}, and DomainBed's loader "
-                f"would wait without end: lower it with --hparams '{{\"batch_size\": {largest}}}'"
+                f"env {name!r} has {size} training images but batch_size is {batch_size}{draw}, and DomainBed's loader "
+                f"would wait without end: lower it with --hparams '{{\"batch_size\": {sizes.largest_batch}}}', or add "
+                "--cap_batch_size"
             )
+
+
+def cap_batch_size(sizes: Sizes, args: TrainArgs, hparams: Mapping[str, Any]) -> int:
+    """Return the batch size of a run: with `--cap_batch_size` no larger than its smallest source of batches."""
+    asked: int = hparams["batch_size"]
+    return min(asked, sizes.largest_batch) if args.cap_batch_size else asked

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from functools import partial
+from collections.abc import Callable, Collection
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, ClassVar
 
 from PIL import Image, ImageFile
 from torchvision import transforms
-from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import default_loader
 
 from daft_domainbed.embedded.documents import DocRanking
 from daft_domainbed.embedded.domains import MultipleDomainDataset
+from daft_domainbed.embedded.image_folder import ImageDomain, identify, list_domains
 from daft_domainbed.embedded.in_memory import (
     ColoredDigits,
     ColoredMNIST,
@@ -22,6 +23,7 @@ from daft_domainbed.embedded.in_memory import (
     EmojiStylesUnseen,
     RotatedMNIST,
 )
+from daft_domainbed.embedded.pixels import convert_to_rgb
 from daft_domainbed.errors import UsageError, suggest
 
 
@@ -38,26 +40,53 @@ class MultipleEnvironmentImageFolder(MultipleDomainDataset):
     INPUT_SHAPE = (3, 224, 224)
     INPUT_SPEC = "imagenet"
     ALLOWS_TRUNCATED = True
+    IS_OWN = False
     FOLDER: ClassVar[str]
 
     def __init__(self, root: str | None, test_envs: Collection[int], hparams: dict[str, Any]) -> None:
         path = Path(self.FOLDER)
         if not path.is_absolute():
             path = Path(self.require_root(root), path)
-        domains = list_domains(path)
-        if len(domains) != len(self.ENVIRONMENTS):
-            raise UsageError(f"{path} has the domains {', '.join(domains)}: expected {len(self.ENVIRONMENTS)} of them")
         size = hparams.get("input_size", self.INPUT_SHAPE[1])
         self.input_shape = (3, size, size)
         read = partial(read_image, allow_truncated=self.ALLOWS_TRUNCATED)
-        self.datasets = []
-        for i, domain in enumerate(domains):
-            transform = build_transform(size, augment=hparams["data_augmentation"] and i not in test_envs)
-            try:
-                self.datasets.append(ImageFolder(str(path / domain), transform, loader=read))
-            except FileNotFoundError as error:
-                raise UsageError(f"no data set in {path / domain}: {error}") from error
+        self.datasets = read_domains(
+            path, self.ENVIRONMENTS, test_envs, hparams["data_augmentation"], size, read, is_own=self.IS_OWN
+        )
         self.num_classes = len(self.datasets[-1].classes)
+
+
+def read_domains(
+    path: Path,
+    environments: Collection[str] | None,
+    test_envs: Collection[int],
+    augment: bool,
+    size: int,
+    read: Callable[[str], Any],
+    *,
+    is_own: bool = False,
+) -> list[ImageDomain]:
+    """Return the domains of an image folder.
+
+    Args:
+        path: It holds <domain>/<class>/<image>.
+        environments: As many domains are expected; None is any number.
+        test_envs: Domains whose images are never augmented.
+        augment: Whether the others' are.
+        size: Side of an image in pixels.
+        read: Reads an image's file.
+        is_own: Whether it is the user's own.
+
+    Raises:
+        UsageError: The folder is missing, or its domains and classes make no data set.
+    """
+    domains = list_domains(path, is_own=is_own)
+    if environments is not None and len(domains) != len(environments):
+        raise UsageError(f"{path} has the domains {', '.join(domains)}: expected {len(environments)} of them")
+    return [
+        ImageDomain(str(path / domain), build_transform(size, augment=augment and i not in test_envs), loader=read)
+        for i, domain in enumerate(domains)
+    ]
 
 
 class VLCS(MultipleEnvironmentImageFolder):
@@ -105,29 +134,21 @@ def image_folder_class(path: str) -> type[MultipleDomainDataset]:
         UsageError: the folder is missing, has less than two domains, or its domains differ in their classes.
     """
     folder = Path(path).expanduser().absolute()
-    attributes = {"ENVIRONMENTS": list_domains(folder), "FOLDER": str(folder), "ALLOWS_TRUNCATED": False}
-    return type(f"folder:{path}", (MultipleEnvironmentImageFolder,), attributes)
+    environments = list_domains(folder, is_own=True)
+    attributes = {"ENVIRONMENTS": environments, "FOLDER": str(folder), "ALLOWS_TRUNCATED": False, "IS_OWN": True}
+    name = f"folder:{path}".encode(
+        errors="backslashreplace"
+    ).decode()  # a class may not be called by bytes that are no text
+    return type(name, (MultipleEnvironmentImageFolder,), attributes)
 
 
-def list_domains(path: Path) -> list[str]:
-    """Return the sorted names of the domains below `path`, which must be two or more with the same classes."""
-    if not path.is_dir():
-        raise UsageError(f"no folder {path}: it should hold <domain>/<class>/<image>")
-    domains = _list_folders(path)
-    if len(domains) < 2:
-        raise UsageError(f"{path} has {len(domains)} domain folders (<domain>/<class>/<image>): at least 2 are needed")
-    classes = {domain: set(_list_folders(path / domain)) for domain in domains}
-    for domain in domains[1:]:
-        if differing := sorted(classes[domain] ^ classes[domains[0]]):
-            raise UsageError(
-                f"{path}: domains {domains[0]!r} and {domain!r} differ in the classes {', '.join(differing)}; "
-                "every domain needs a folder for each class"
-            )
-    return domains
+def identify_folder(path: str) -> str:
+    """Return the hash by which the image folder at `path` is known wherever it lies, as `image_folder.identify` says.
 
-
-def _list_folders(path: Path) -> list[str]:
-    return sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    Raises:
+        UsageError: It is no data set.
+    """
+    return identify(read_domains(Path(path), None, [], False, 1, default_loader, is_own=True))
 
 
 def build_transform(size: int, augment: bool) -> transforms.Compose:
@@ -145,18 +166,24 @@ def build_transform(size: int, augment: bool) -> transforms.Compose:
 
 
 def read_image(path: str, allow_truncated: bool) -> Image.Image:
-    """Read an RGB image.
+    """Read an RGB image; one of more than 8 bits a channel is scaled, as `pixels.convert_to_rgb` says.
 
     Raises:
-        UsageError: the file is no image, or (unless allowed) its end is missing.
+        UsageError: the file is no image, too large, or (unless allowed) its end is missing.
     """
     # Pillow has this switch for the whole process only. It is not put back: loader threads would see it change.
     ImageFile.LOAD_TRUNCATED_IMAGES = allow_truncated
     try:
         with open(path, "rb") as file:
-            return Image.open(file).convert("RGB")
+            return convert_to_rgb(Image.open(file))
     except Exception as error:  # decoders raise errors of every kind
         raise UsageError(f"cannot read the image {path}: {error}; mend or remove it") from error
+
+
+@wraps(default_loader)  # whose name is part of the key of decoded images
+def read_published(path: str) -> Image.Image:
+    """Read an image of a published set as upstream's classes do, with its name where it cannot be read."""
+    return read_image(path, allow_truncated=True)
 
 
 _CLASSES: dict[str, type[MultipleDomainDataset]] = {

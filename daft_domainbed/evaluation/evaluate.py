@@ -119,6 +119,12 @@ def _check_alike(subjects: Sequence[Subject]) -> None:
     """Refuse checkpoints that cannot be shown each other's examples."""
     first = subjects[0]
     for subject in subjects[1:]:
+        ids = [one.args.get("data_id") for one in (first, subject)]
+        if None not in ids and ids[0] != ids[1]:
+            raise UsageError(
+                f"{subject.path} and {first.path} were trained on two data sets of the name {first.dataset}: evaluate "
+                "them one by one"
+            )
         for what, own_value, its in (
             ("data set", first.dataset, subject.dataset),
             ("shape", list(first.data.dataset.input_shape), list(subject.data.dataset.input_shape)),

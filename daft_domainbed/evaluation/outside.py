@@ -16,6 +16,7 @@ from torchvision.transforms.functional import to_tensor
 
 from daft_domainbed.data.left_out import find_places, list_classes
 from daft_domainbed.embedded.datasets import read_image
+from daft_domainbed.embedded.image_folder import Found, walk_images
 from daft_domainbed.errors import UsageError
 from daft_domainbed.evaluation.subject import Subject
 from daft_domainbed.functional.input_spec import InputSpec
@@ -86,8 +87,7 @@ def fit(pixels: Tensor, shape: Sequence[int]) -> Tensor:
 def _find_folder(folder: Path, subject: Subject) -> Outside:
     if not folder.is_dir():
         raise UsageError(f"--ood folder:{folder}: there is no such folder")
-    suffixes = set(Image.registered_extensions())
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
+    paths = sorted(map(Path, walk_images(folder, Found(), Image.registered_extensions())))
     if not paths:
         raise UsageError(f"--ood folder:{folder}: there is no image in it")
     inside = {part for path in paths for part in path.relative_to(folder).parts[:-1]}
@@ -134,7 +134,7 @@ def _find_left_out(names: list[str], subject: Subject) -> Outside:
 def build_whole(subject: Subject) -> Any:
     """Build a subject's data set with all its classes."""
     run = subject.run
-    facts = describe_dataset(subject.host, run.dataset, subject.content["model_hparams"])
+    facts = describe_dataset(subject.host, run.dataset, subject.content["model_hparams"], run.data_path)
     hparams = {**subject.content["model_hparams"], "data_augmentation": False}
     with preserve_states():
         seed_everything(run.seed if run.data_seed is None else run.data_seed)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from daft_domainbed.arguments import TrainArgs, name_dataset
+from daft_domainbed.arguments import TrainArgs, find_data_path, name_dataset
 from daft_domainbed.data.splits import Data, build_data
 from daft_domainbed.errors import UsageError
 from daft_domainbed.functional.input_spec import InputSpec
@@ -191,7 +191,7 @@ def _load(path: Path, name: str, device: torch.device, data_dir: str | None, hos
     its_host = find_host(host or content["args"].get("host") or "embedded")
     register(its_host)
     args = _read_args(content["args"], path, data_dir)
-    facts = describe_dataset(its_host, args.dataset, content["model_hparams"])
+    facts = describe_dataset(its_host, args.dataset, content["model_hparams"], args.data_path)
     with preserve_states():
         seed_everything(args.seed if args.data_seed is None else args.data_seed)
         data = _build_data(its_host, args, content["model_hparams"], facts.dataset_class, path)
@@ -234,11 +234,9 @@ def _read_args(args: Mapping[str, Any], path: Path, data_dir: str | None) -> Tra
     if missing:
         raise UsageError(f"{path} does not say what it was trained on: its args lack {', '.join(missing)}")
     try:
-        dataset = args["dataset"]
-        if dataset.startswith("folder:") and data_dir is not None:
-            dataset = _move_folder(dataset, Path(data_dir))
         return TrainArgs(
-            dataset=dataset,
+            dataset=args["dataset"],
+            data_path=find_data_path(args, data_dir),
             algorithm=str(args.get("algorithm", PLAIN)),
             test_envs=[int(env) for env in args["test_envs"]],
             trial_seed=int(args["trial_seed"]),
@@ -266,13 +264,6 @@ def _build_data(host: Host, args: TrainArgs, hparams: Mapping[str, Any], dataset
         return build_data(host, args, {**hparams, "data_augmentation": False}, dataset_class)
     except (AssertionError, ValueError) as error:
         raise UsageError(f"{path}: {args.dataset} cannot be split as its args say ({error})") from error
-
-
-def _move_folder(dataset: str, data_dir: Path) -> str:
-    """Return the name of an image folder that lies elsewhere now: at `data_dir`, or in it."""
-    name = name_dataset(dataset).removeprefix("folder:")
-    inside = data_dir / name
-    return f"folder:{inside if inside.is_dir() else data_dir}"
 
 
 def _check_data(content: Mapping[str, Any], path: Path, data: Data, args: TrainArgs) -> None:

@@ -153,7 +153,7 @@ class DatasetFacts:
         return INPUT_SPECS[self.pixels]
 
 
-def describe_dataset(host: Host, name: str, user_hparams: Mapping[str, Any]) -> DatasetFacts:
+def describe_dataset(host: Host, name: str, user_hparams: Mapping[str, Any], path: str | None = None) -> DatasetFacts:
     """Return what is known of a data set without reading it.
 
     Classes of ours say it themselves; upstream's are told by their ancestors.
@@ -162,12 +162,13 @@ def describe_dataset(host: Host, name: str, user_hparams: Mapping[str, Any]) -> 
         host: Registered.
         name: As given to `--dataset`.
         user_hparams: What the user gave; a folder's images have the side that `input_size` says.
+        path: Where a folder lies; None is where its name says.
 
     Raises:
         UsageError: The host has no such data set.
     """
-    dataset_class = get_dataset_class(host, name)
     is_folder = name.startswith("folder:")
+    dataset_class = get_dataset_class(host, f"folder:{path}" if is_folder and path else name)
     shape: tuple[int, ...] | None = getattr(dataset_class, "INPUT_SHAPE", None)
     if is_folder:
         side = user_hparams.get("input_size", DEFAULT_INPUT_SIZE)
@@ -212,8 +213,9 @@ def is_plain_folder(data: Any) -> bool:
     from torchvision.datasets import ImageFolder
     from torchvision.datasets.folder import default_loader
 
-    from daft_domainbed.embedded.datasets import read_image
+    from daft_domainbed.embedded.datasets import read_image, read_published
+    from daft_domainbed.embedded.image_folder import ImageDomain
 
     loader = getattr(data, "loader", None)
-    is_known = getattr(loader, "func", loader) in (default_loader, read_image)  # the latter as a partial
-    return type(data) is ImageFolder and data.target_transform is None and is_known
+    is_known = getattr(loader, "func", loader) in (default_loader, read_image, read_published)
+    return type(data) in (ImageFolder, ImageDomain) and data.target_transform is None and is_known

@@ -111,6 +111,7 @@ def _make_job(run: Job, folder: str, name: str, asked: Mapping[str, Any]) -> Eva
         f"{folder}/{EVALUATION_FOLDER}",
         run.args,
         imports=run.imports,
+        cwd=run.cwd,
         checkpoint=f"{folder}/{name}",
         asked=dict(asked),
     )

@@ -84,7 +84,7 @@ def _work(connection: Connection) -> None:
     except (EOFError, OSError):
         return
     os.environ |= environment
-    sys.stderr = sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - the run's own files have it all
+    sys.stderr = sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="replace")  # noqa: SIM115 - the run's own files have it all
     last = 0.0
 
     def report(step: int, n_steps: int) -> None:

@@ -20,6 +20,7 @@ class Job:
         args: Its arguments.
         needs: Folders of the teachers that have to be there before.
         imports: What adds the user's own algorithms: modules, or paths of scripts.
+        cwd: The folder that relative paths in its hyperparameters count from; the process's own where it is gone.
     """
 
     stage: str
@@ -27,6 +28,7 @@ class Job:
     args: TrainArgs
     needs: list[str] = field(default_factory=list)
     imports: list[str] = field(default_factory=list)
+    cwd: str = ""
 
 
 @dataclass(frozen=True)

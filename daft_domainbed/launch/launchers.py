@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 from daft_domainbed.errors import UsageError, suggest
 from daft_domainbed.host import contract
-from daft_domainbed.launch.job import Job, group_by_depth
+from daft_domainbed.launch.job import Job, group_by_depth, name_job
 from daft_domainbed.launch.options import Options
 from daft_domainbed.launch.schedule import Observer
 from daft_domainbed.launch.states import forget_failures, is_done, read_states
@@ -74,8 +75,14 @@ def _take_commands(launch: Callable[[list[str]], Any]) -> Launcher:
     return run
 
 
-def _print_commands(commands: list[str]) -> None:
-    print("\n".join(commands))
+def _print_commands(root: Path, jobs: Sequence[Job], options: Options, observer: Observer) -> None:
+    """Print the command of each job that is not done, stage by stage; nothing is run, and nothing written."""
+    for stage in group_by_depth(jobs):
+        open_jobs = [job for job in stage if not is_done(root / job.folder)]
+        for kind, count in Counter(map(name_job, open_jobs)).items():
+            print(f"# {kind}: {count}")
+        for job in open_jobs:
+            print(make_command(root, job, options.threads))
 
 
 def _get_local() -> Launcher:
@@ -107,5 +114,5 @@ _BUILT_IN: dict[str, Callable[[], Launcher]] = {
     "multi_gpu": _get_multi_gpu,
     "slurm": _get_slurm,
     "ray": _get_ray,
-    "dummy": lambda: _take_commands(_print_commands),
+    "dummy": lambda: _print_commands,
 }

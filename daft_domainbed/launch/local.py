@@ -29,23 +29,32 @@ def run_local(root: Path, jobs: Sequence[Job], options: Options, observer: Obser
 def run_multi_gpu(root: Path, jobs: Sequence[Job], options: Options, observer: Observer) -> dict[str, str]:
     """Run a plan with one job a GPU (or evenly as many more as `n_jobs` says), and return the failures by folder.
 
-    The GPUs are those of CUDA_VISIBLE_DEVICES where that is set, else all of the machine.
+    The GPUs are those of CUDA_VISIBLE_DEVICES where that is set, else all of the machine. Jobs that ask for the CPU are
+    run as `run_local` does.
+
+    Raises:
+        UsageError: There is none that can be used.
     """
+    if all(job.args.device == "cpu" for job in jobs):
+        return run_local(root, jobs, options, observer)
     devices = list_gpus()
     if not devices:
-        raise UsageError("--command_launcher multi_gpu: no GPU is visible here; use local")
+        raise UsageError(
+            "--command_launcher multi_gpu: no GPU can be used here; add --device cpu if the CPU is meant, or use local"
+        )
     n_jobs = options.n_jobs or len(devices)
     return _run(root, jobs, options, observer, [devices[i % len(devices)] for i in range(n_jobs)])
 
 
 def list_gpus() -> list[str]:
-    """Return the GPUs by the names that CUDA_VISIBLE_DEVICES takes."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [name.strip() for name in visible.split(",") if name.strip()]
+    """Return the GPUs that can be used, by the names that CUDA_VISIBLE_DEVICES takes."""
     import torch
 
-    return [str(i) for i in range(torch.cuda.device_count())]
+    count = torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name.strip() for name in visible.split(",") if name.strip()][:count]
+    return [str(i) for i in range(count)]
 
 
 def _run(root: Path, jobs: Sequence[Job], options: Options, observer: Observer, slots: Sequence[str]) -> dict[str, str]:

@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from hashlib import md5
 from pathlib import Path
 from typing import Any
 
 from daft_domainbed.arguments import SharedArgs, SweepArgs, TrainArgs, get_identity
+from daft_domainbed.data.place import settle_data
+from daft_domainbed.data.splits import check_sizes, count_images
 from daft_domainbed.errors import UsageError
 from daft_domainbed.host.contract import DatasetFacts, Host, describe_dataset, find_host, get_algorithm_class
 from daft_domainbed.hparams import parse_json, split_hparams
 from daft_domainbed.launch.job import Job, group_by_depth
 from daft_domainbed.methods import STUDENT, list_stages, name_stage
 from daft_domainbed.plugin.defaults import check_own_hparams, check_user_hparams, get_known_hparams
-from daft_domainbed.plugin.registration import list_sources, register
+from daft_domainbed.plugin.registration import list_sources, list_unimportable, register
 from daft_domainbed.runtime.layout import TEACHERS_FOLDER
 from daft_domainbed.teachers.plan import list_slots_to_make, plan_teacher
 from daft_domainbed.training.prepare import Prepared, check_test_envs, choose_hparams, prepare_first_runs
 
 
-def make_plan(sweep: SweepArgs) -> list[Job]:
+def make_plan(sweep: SweepArgs, cwd: str = "", begun: Collection[str] = ()) -> list[Job]:
     """Return all jobs of a sweep, teachers before those that need them.
 
     All algorithms, stages and hyperparameter draws of one (data set, test environments, trial) share one seed, so
     that comparisons are paired and teachers shared.
+
+    Args:
+        sweep: What is asked for.
+        cwd: The folder that relative paths in hyperparameters count from, if not that of each job's process.
+        begun: Folders of jobs that were planned before draws were checked, or are under way.
 
     Raises:
         UsageError: An unknown name, or a hyperparameter that no algorithm of the sweep knows.
@@ -36,9 +43,17 @@ def make_plan(sweep: SweepArgs) -> list[Job]:
     register(host)
     for algorithm in sweep.algorithms:
         get_algorithm_class(host, algorithm)
-    datasets = [describe_dataset(host, name, user) for name in sweep.datasets]
+    if any(name.startswith("folder:") and name not in sweep.data for name in sweep.datasets):
+        sweep = settle_data(sweep, {})
+    places = {name: place["data_path"] for name, place in sweep.data.items()}
+    datasets = [describe_dataset(host, name, user, places.get(name)) for name in sweep.datasets]
     shared = split_hparams(user, "")[0]
     stages = dict.fromkeys(stage for algorithm in sweep.algorithms for stage in _list_stages(algorithm, user))
+    if lost := list_unimportable(stages):
+        raise UsageError(
+            f"{lost[0]} was added where no job of a sweep finds it (a notebook, python -c, standard input): put its "
+            "class and add_algorithm into a file, and import that"
+        )
     for dataset in datasets:
         check_user_hparams(host, shared, list(stages), dataset, asked=sweep.algorithms)
         check_own_hparams(host, user, sweep.algorithms, dataset, where="in the sweep")
@@ -47,7 +62,7 @@ def make_plan(sweep: SweepArgs) -> list[Job]:
     for args in students:
         first.setdefault((args.dataset, args.algorithm), args)
     prepared = prepare_first_runs(first.values())
-    jobs = _Jobs(Path(sweep.output_dir), sweep.teachers_dir)
+    jobs = _Jobs(Path(sweep.output_dir), sweep.teachers_dir, cwd, begun)
     for args in students:
         jobs.add_student(args, prepared[args.dataset, args.algorithm])
     return [job for group in group_by_depth(jobs.by_folder.values()) for job in group]
@@ -86,6 +101,7 @@ def _list_students(
                     for hparams_seed in range(sweep.n_hparams_from, sweep.n_hparams):
                         own = {
                             "dataset": dataset.name,
+                            **sweep.data.get(dataset.name, {}),
                             "algorithm": algorithm,
                             "hparams": json.dumps(given, sort_keys=True) if given else None,
                             "hparams_seed": hparams_seed,
@@ -141,8 +157,8 @@ def list_test_envs(n_envs: int, *, single: bool) -> list[list[int]]:
 class _Jobs:
     """The jobs of a sweep by folder, each once."""
 
-    def __init__(self, root: Path, teachers_dir: str | None) -> None:
-        self.root = root
+    def __init__(self, root: Path, teachers_dir: str | None, cwd: str, begun: Collection[str]) -> None:
+        self.root, self.cwd, self.begun = root, cwd, begun
         self.store = Path(teachers_dir) if teachers_dir else root / TEACHERS_FOLDER
         inside, here = self.store.resolve(), root.resolve()
         self.store_name = inside.relative_to(here).as_posix() if inside.is_relative_to(here) else str(inside)
@@ -155,8 +171,10 @@ class _Jobs:
         user, own = split_hparams(parse_json(args.hparams), args.algorithm)
         hparams = choose_hparams(shared.host, args, shared.dataset, user | own)
         complete = replace(args, steps=args.steps or shared.n_steps)
+        if folder not in self.begun:
+            _check_draw(complete, hparams, shared)
         needs = self._add_teachers(complete, hparams, user, shared)
-        self.by_folder.setdefault(folder, Job(STUDENT, folder, args, needs, list_sources()))
+        self.by_folder.setdefault(folder, Job(STUDENT, folder, args, needs, list_sources(), self.cwd))
 
     def _add_teachers(
         self, args: TrainArgs, hparams: Mapping[str, Any], user: Mapping[str, Any], shared: Prepared
@@ -170,6 +188,15 @@ class _Jobs:
             if folder not in self.by_folder:
                 placed = teacher.place(self.store)
                 own = choose_hparams(shared.host, placed, shared.dataset, teacher.hparams)
+                if folder not in self.begun:
+                    _check_draw(placed, own, shared)
                 needs = self._add_teachers(placed, own, teacher.hparams, shared)
-                self.by_folder[folder] = Job(name_stage(placed.algorithm), folder, placed, needs, list_sources())
+                self.by_folder[folder] = Job(
+                    name_stage(placed.algorithm), folder, placed, needs, list_sources(), self.cwd
+                )
         return folders
+
+
+def _check_draw(args: TrainArgs, hparams: Mapping[str, Any], shared: Prepared) -> None:
+    """Refuse a draw that the data cannot serve, before anything is launched."""
+    check_sizes(count_images(shared.lengths, args, shared.dataset.environments), args, hparams)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -68,18 +69,69 @@ def _read_begun(path: Path, sweep: SweepArgs) -> dict[str, Any] | None:
 
 def _write_plan(path: Path, sweep: SweepArgs, jobs: list[Job]) -> None:
     args, old = get_identity(sweep), _read_begun(path, sweep)
-    host, user = find_host(sweep.host), parse_json(sweep.hparams)
-    environments = {name: list(describe_dataset(host, name, user).environments) for name in sweep.datasets}
+    environments = name_environments(sweep)
     known = {job.folder for job in jobs}
     content = {
         "schema": SCHEMA,
         "args": args
         | ({name: merge(old["args"][name], args[name]) for name, merge in _MAY_GROW.items()} if old else {}),
+        "data": (old or {}).get("data", {}) | sweep.data,
         "environments": (old or {}).get("environments", {}) | environments,
         "jobs": [asdict(job) for job in jobs]
         + [job for job in (old or {}).get("jobs", []) if job["folder"] not in known],
     }
     write_text(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
+
+
+def name_environments(sweep: SweepArgs) -> dict[str, list[str]]:
+    """Return the names of the domains of each data set of a sweep."""
+    host, user = find_host(sweep.host), parse_json(sweep.hparams)
+    paths = {name: place["data_path"] for name, place in sweep.data.items()}
+    return {name: list(describe_dataset(host, name, user, paths.get(name)).environments) for name in sweep.datasets}
+
+
+def read_environments(root: Path) -> dict[str, list[str]]:
+    """Return the names of the domains of each data set of a stored sweep.
+
+    Raises:
+        UsageError: The folder has no plan, or one that cannot be read.
+    """
+    environments: dict[str, list[str]] = _read_stored(root).get("environments", {})
+    return environments
+
+
+def read_begun_data(root: Path) -> dict[str, dict[str, str | None]]:
+    """Return `data_id` and `data_path` of the folders of images of which a sweep has records already, by name.
+
+    Raises:
+        UsageError: The plan cannot be read.
+    """
+    plan = _read_plan(root / PLAN_FILE)
+    if plan is None:
+        return {}
+    unknown = {"data_id": None, "data_path": None}
+    begun = {job["args"]["dataset"] for job in plan["jobs"] if _is_begun(root / job["folder"])}
+    return {name: plan.get("data", {}).get(name, unknown) for name in sorted(begun) if name.startswith("folder:")}
+
+
+def read_working_folder(root: Path) -> str:
+    """Return the folder from which a sweep was begun, against which relative paths in its hyperparameters count.
+
+    Raises:
+        UsageError: The plan cannot be read.
+    """
+    jobs = (_read_plan(root / PLAN_FILE) or {"jobs": []})["jobs"]
+    return next((job["cwd"] for job in jobs if job.get("cwd") and _is_begun(root / job["folder"])), os.getcwd())
+
+
+def list_planned(root: Path) -> set[str]:
+    """Return the folders of all jobs of the plan of a sweep that is under way.
+
+    Raises:
+        UsageError: The plan cannot be read.
+    """
+    folders = {job["folder"] for job in (_read_plan(root / PLAN_FILE) or {"jobs": []})["jobs"]}
+    return folders if any(_is_begun(root / folder) for folder in folders) else set()
 
 
 def _is_begun(folder: Path) -> bool:
@@ -92,7 +144,8 @@ def read_sweep_args(root: Path) -> dict[str, Any]:
     Raises:
         UsageError: The folder has no plan, or one that cannot be read.
     """
-    args: dict[str, Any] = _read_stored(root)["args"]
+    stored = _read_stored(root)
+    args: dict[str, Any] = stored["args"] | {"data": stored.get("data", {})}
     return args
 
 

@@ -104,7 +104,7 @@ def choose_settings(search: SweepArgs, how: str) -> list[Setting]:
     settings = []
     for dataset in search.datasets:
         for algorithm in search.algorithms:
-            own = [run for run in runs if (run.key.dataset, run.key.algorithm) == (dataset, algorithm)]
+            own = [run for run in runs if (jobs[run.folder].args.dataset, run.key.algorithm) == (dataset, algorithm)]
             if not own:
                 raise UsageError(f"{root} has no finished run of {algorithm} on {dataset} to choose from")
             envs = sorted({run.key.test_envs[0] for run in own})
@@ -131,8 +131,9 @@ def _choose(root: Path, runs: list[Run], envs: list[int], test_env: int | None, 
         )
     trial, number = max(complete, key=lambda draw: (complete[draw], draw[1], -(draw[0] or 0)))
     winner = next(run for run in runs if run.key.hparams_seed == number and trial in (None, run.key.trial_seed))
-    drawn = _draw_again(root, jobs[winner.folder].args, winner)
-    return Setting(key.dataset, key.algorithm, test_env, trial, number, complete[trial, number], drawn)
+    args = jobs[winner.folder].args
+    drawn = _draw_again(root, args, winner)
+    return Setting(args.dataset, key.algorithm, test_env, trial, number, complete[trial, number], drawn)
 
 
 def _draw_again(root: Path, args: TrainArgs, run: Run) -> dict[str, Any]:
@@ -146,7 +147,7 @@ def _draw_again(root: Path, args: TrainArgs, run: Run) -> dict[str, Any]:
         return own
     host = find_host(args.host)
     register(host)
-    dataset = describe_dataset(host, args.dataset, user)
+    dataset = describe_dataset(host, args.dataset, user, args.data_path)
     drawn = choose_hparams(host, args, dataset, user | own)
     defaults = choose_hparams(host, replace(args, hparams_seed=0), dataset, user | own)
     values = {name: value for name, value in drawn.items() if value != defaults[name]}

@@ -43,7 +43,7 @@ def write_failure(folder: Path, reason: str) -> None:
     """Write why a job failed into its folder, where `status` and the tables find it."""
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / FAILED_FILE).write_text(reason + "\n")
+        (folder / FAILED_FILE).write_text(reason + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 def forget_failures(root: Path, jobs: Iterable[Job]) -> None:

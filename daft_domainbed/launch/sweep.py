@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import sys
@@ -42,6 +43,9 @@ def collect_sweep_args(given: dict[str, Any]) -> SweepArgs:
         values |= {name: getattr(student, name) for name in PLACES}
         if Path(student.teachers_dir or "") == Path(student.output_dir).parent / TEACHERS_FOLDER:
             del values["teachers_dir"]  # the sweep's own, which moves with it
+        values["data"] = {
+            name: place for name, place in values["data"].items() if name not in given.get("datasets", [])
+        }
     values |= {name: value for name, value in given.items() if name in names}
     if not values.get("datasets"):
         raise UsageError("--datasets is needed, as in --datasets EmojiStyles; 'daft-domainbed doctor' lists them")
@@ -86,22 +90,35 @@ def launch(sweep: SweepArgs, options: Options, *, launcher: str, ask: bool, keep
         RunError: A job failed; the others were run nevertheless.
         Stopped: By a signal; the jobs that were running have saved where they are.
     """
+    from daft_domainbed.arguments import PLACES
+    from daft_domainbed.data.place import settle_data
     from daft_domainbed.launch.launchers import find_launcher
     from daft_domainbed.launch.plan import make_plan
-    from daft_domainbed.launch.plan_file import check_plan, write_plan
+    from daft_domainbed.launch.plan_file import (
+        check_plan,
+        list_planned,
+        name_environments,
+        read_begun_data,
+        read_working_folder,
+        write_plan,
+    )
     from daft_domainbed.launch.states import is_done
 
     run, options = find_launcher(launcher, sweep.host), replace(options, threads=sweep.threads)
     check_plan(sweep)
-    jobs = make_plan(sweep)
     root = Path(sweep.output_dir)
+    # It goes on from any folder.
+    places = {name: os.path.abspath(path) for name in PLACES if name != "device" and (path := getattr(sweep, name))}
+    sweep = settle_data(replace(sweep, **places), read_begun_data(root))
+    jobs = make_plan(sweep, read_working_folder(root), list_planned(root))
     waiting = [job for job in jobs if not is_done(root / job.folder)]
     if ask and launcher != "dummy":
         _print_summary(root, jobs)
         if waiting and not _confirm(f"Launch {len(waiting)} jobs with {launcher}?"):
             return False
-    write_plan(sweep, jobs)
-    failures = _run(run, root, jobs, len(waiting), options, _name_environments(sweep))
+    if launcher != "dummy":
+        write_plan(sweep, jobs)
+    failures = _run(run, root, jobs, len(waiting), options, name_environments(sweep))
     if keep == "chosen" and failures is not None:
         _keep_chosen(root)
     if not waiting:
@@ -119,6 +136,7 @@ def evaluate_chosen(root: Path, asked: Mapping[str, Any], options: Options, *, l
     """
     from daft_domainbed.launch.evaluations import plan_evaluations, write_evaluations
     from daft_domainbed.launch.launchers import find_launcher
+    from daft_domainbed.launch.plan_file import read_environments
     from daft_domainbed.launch.states import is_done
 
     sweep = collect_sweep_args({"output_dir": str(root)})
@@ -128,8 +146,9 @@ def evaluate_chosen(root: Path, asked: Mapping[str, Any], options: Options, *, l
     question = f"Evaluate {len(waiting)} checkpoints of {len(jobs)} with {launcher}?"
     if ask and waiting and launcher != "dummy" and not _confirm(question):
         return
-    write_evaluations(root, jobs)
-    _run(run, root, jobs, len(waiting), options, _name_environments(sweep))
+    if launcher != "dummy":
+        write_evaluations(root, jobs)
+    _run(run, root, jobs, len(waiting), options, read_environments(root))
 
 
 def _run(
@@ -155,14 +174,6 @@ def _run(
         folder, reason = next(iter(failures.items()))
         raise RunError(f"{len(failures)} of {len(jobs)} jobs failed, the first in {root / folder}: {reason}")
     return failures
-
-
-def _name_environments(sweep: SweepArgs) -> dict[str, list[str]]:
-    from daft_domainbed.host.contract import describe_dataset, find_host
-    from daft_domainbed.hparams import parse_json
-
-    host, user = find_host(sweep.host), parse_json(sweep.hparams)
-    return {name: list(describe_dataset(host, name, user).environments) for name in sweep.datasets}
 
 
 def show_status(root: Path) -> None:

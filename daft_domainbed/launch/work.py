@@ -7,11 +7,12 @@ launchers, and the user's own, are given.
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -52,6 +53,7 @@ def do_job(root: Path, job: Job, *, threads: int, on_step: Callable[[int, int], 
     """
     import torch
 
+    root = Path(os.path.abspath(root))
     folder = root / job.folder
     if is_done(folder):
         return Outcome("done")
@@ -63,7 +65,8 @@ def do_job(root: Path, job: Job, *, threads: int, on_step: Callable[[int, int], 
         (folder / FAILED_FILE).unlink(missing_ok=True)
         for source in job.imports:
             plugin.import_source(source)
-        _do(root, job, on_step)
+        with _working_in(job.cwd):
+            _do(root, job, on_step)
     except (Claimed, TakenOver):
         return Outcome("busy")
     except stopping.Stopped as stopped:
@@ -74,10 +77,21 @@ def do_job(root: Path, job: Job, *, threads: int, on_step: Callable[[int, int], 
     except Exception as error:
         with suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
-            with (folder / "err.txt").open("a") as file:
+            with (folder / "err.txt").open("a", encoding="utf-8", errors="backslashreplace") as file:
                 traceback.print_exc(file=file)
         return _fail(folder, f"{type(error).__name__}: {error} (traceback in its err.txt)")
     return Outcome("done")
+
+
+@contextmanager
+def _working_in(folder: str) -> Iterator[None]:
+    before = os.getcwd()
+    if os.path.isdir(folder):
+        os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
 
 
 def _do(root: Path, job: Job, on_step: Callable[[int, int], None] | None) -> None:

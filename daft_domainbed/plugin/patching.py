@@ -15,8 +15,8 @@ class Patches:
     def __init__(self) -> None:
         self._undo: list[Callable[[], object]] = []
 
-    def set(self, module: ModuleType, name: str, value: Any) -> None:
-        """Give a module's attribute another value, or a new attribute."""
+    def set(self, module: ModuleType | type, name: str, value: Any) -> None:
+        """Give an attribute of a module or a class another value, or add it."""
         if hasattr(module, name):
             self._undo.append(partial(setattr, module, name, getattr(module, name)))
         else:

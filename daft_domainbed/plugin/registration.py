@@ -7,8 +7,9 @@ import importlib
 import os
 import runpy
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 from daft_domainbed.embedded import datasets
@@ -114,6 +115,12 @@ def list_sources() -> list[str]:
     return list(REGISTRY.sources)
 
 
+def list_unimportable(names: Iterable[str]) -> list[str]:
+    """Return which of some algorithms other processes could not add: those of a notebook, `python -c` or a pipe."""
+    modules = {name: METHODS[name].mixin.__module__ for name in names if name in REGISTRY.added}
+    return [name for name, module in modules.items() if module != _SOURCE and _find_source(module) is None]
+
+
 @functools.cache
 def import_source(source: str) -> None:
     """Import a module, or run a script as far as its `if __name__ == "__main__"`, for the algorithms that it adds."""
@@ -129,8 +136,8 @@ def _find_source(module: str) -> str | None:
         return None if module == _SOURCE else module
     if loaded.__spec__ is not None:  # python -m
         return loaded.__spec__.name
-    path = getattr(loaded, "__file__", None)  # a notebook has none
-    return os.path.abspath(path) if path else None
+    path = getattr(loaded, "__file__", None)  # a notebook has none, standard input one that is no file
+    return os.path.abspath(path) if path and os.path.isfile(path) else None
 
 
 def _add_algorithm_to(registration: Registration, name: str) -> None:
@@ -151,6 +158,15 @@ def _add_datasets(registration: Registration) -> None:
         return datasets.get_dataset_class(name) if name.startswith("folder:") else find_class(name)
 
     patches.set(theirs, "get_dataset_class", get_dataset_class)
+    patches.set(theirs.MultipleEnvironmentImageFolder, "__init__", _read_folders)
+
+
+def _read_folders(self: Any, root: str, test_envs: list[int], augment: bool, hparams: Mapping[str, Any]) -> None:
+    """Build one of upstream's sets of image folders as ours are: without litter, with one list of classes."""
+    read = datasets.read_published
+    self.datasets = datasets.read_domains(Path(root), self.ENVIRONMENTS, test_envs, augment, 224, read)
+    self.input_shape = (3, 224, 224)
+    self.num_classes = len(self.datasets[-1].classes)
 
 
 def _extend_hparams(host: Host) -> Callable[[str, str, int], Pairs]:

@@ -9,7 +9,7 @@ from daft_domainbed.methods import METHODS
 from daft_domainbed.results.records import Run
 from daft_domainbed.results.selection import IN
 from daft_domainbed.results.sweeps import Sweep
-from daft_domainbed.results.values import as_dict, is_number, is_printable
+from daft_domainbed.results.values import as_dict, is_name, is_number, show_name
 from daft_domainbed.runtime.layout import list_teachers
 
 MOST_TEACHERS = 8  # behind one student: a bound for records that nest without end
@@ -84,7 +84,7 @@ def _find_recorded(sweep: Sweep, slot: str, generation: int, recorded: dict[str,
     teacher_id = PurePosixPath(str(recorded.get("path", ""))).name
     run = sweep.teachers.get(teacher_id)
     named = recorded.get("algorithm")
-    algorithm = named if is_printable(named) else run.key.algorithm if run else "unknown"
+    algorithm = show_name(named) if is_name(named) else run.key.algorithm if run else "unknown"
     return TracedTeacher(algorithm, teacher_id, slot, generation, recorded, run)
 
 

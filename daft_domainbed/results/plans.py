@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from daft_domainbed.methods import METHODS, STUDENT
 from daft_domainbed.results.records import Note, RunKey
-from daft_domainbed.results.values import as_dict, as_list, is_printable
+from daft_domainbed.results.values import as_dict, as_list, is_name, show_name
 from daft_domainbed.runtime.layout import PLAN_FILE
 
 MOST_STAGES = 8  # behind one another: a bound for plans whose teachers need each other in a circle
@@ -54,6 +54,14 @@ class Plan:
     environments: dict[str, list[str]]
     runs: dict[str, PlannedRun]
 
+    def relabel(self, labels: Mapping[str, str]) -> Plan:
+        """Return the same plan with its data sets called as in tables."""
+        return Plan(
+            self.args | {"datasets": [labels.get(name, name) for name in self.args["datasets"]]},
+            {labels.get(name, name): envs for name, envs in self.environments.items()},
+            {folder: replace(run, key=run.key.relabel(labels)) for folder, run in self.runs.items()},
+        )
+
     def measure_depths(self) -> dict[str, int]:
         """Return, by folder, how many teachers stand one behind the other behind each run."""
         depths = dict.fromkeys(self.runs, 0)
@@ -78,9 +86,12 @@ def read_plan(root: Path, notes: list[Note]) -> Plan | None:
     try:
         plan = json.loads(path.read_bytes())
         runs = [_read_planned_run(as_dict(entry)) for entry in plan["jobs"]]
+        known = {run.args["dataset"]: run.key.dataset for run in runs}
         environments = as_dict(plan.get("environments"))
-        named = {dataset: names for dataset, names in environments.items() if are_names(names)}
-        return Plan(as_dict(plan.get("args")), named, {run.folder: run for run in runs})
+        named = {known.get(name, name): show_names(envs) for name, envs in environments.items() if are_names(envs)}
+        args = as_dict(plan.get("args"))
+        args["datasets"] = [known.get(name, name) for name in as_list(args.get("datasets")) if is_name(name)]
+        return Plan(args, named, {run.folder: run for run in runs})
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         why = f"cannot be used ({type(error).__name__}: {error}); read as a folder without a plan"
         notes.append(Note(PLAN_FILE, why))
@@ -98,8 +109,13 @@ def _read_planned_run(entry: dict[str, Any]) -> PlannedRun:
 
 
 def are_names(value: object) -> bool:
-    """Whether a value is a list of names that a table can show."""
-    return isinstance(value, list) and all(map(is_printable, value))
+    """Whether a value is a list of names."""
+    return isinstance(value, list) and all(map(is_name, value))
+
+
+def show_names(names: list[str]) -> list[str]:
+    """Return names as tables show them."""
+    return list(map(show_name, names))
 
 
 def order_algorithms(plan: Plan | None, algorithms: Iterable[str]) -> list[str]:

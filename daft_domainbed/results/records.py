@@ -11,7 +11,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import contains, itemgetter
 from pathlib import Path, PurePosixPath
@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from daft_domainbed.results.values import as_dict, is_number, is_printable
+from daft_domainbed.results.labels import identify_dataset
+from daft_domainbed.results.values import as_dict, is_name, is_number, show_name
 from daft_domainbed.runtime.layout import DONE_FILE, PROVENANCE_FILE, RECORDS_FILE, list_teachers
 
 LOADERS: tuple[Callable[[bytes], Any], ...] = (json.loads,)
@@ -34,7 +35,11 @@ Problems = dict[str, list[int]]  # what is wrong, and the numbers of the lines
 
 
 class RunKey(NamedTuple):
-    """What tells a run from the others of its sweep."""
+    """What tells a run from the others of its sweep.
+
+    Attributes:
+        dataset: By `labels.identify_dataset`, once a whole sweep is known by its label.
+    """
 
     dataset: str
     algorithm: str
@@ -51,7 +56,7 @@ class RunKey(NamedTuple):
         """
         args = as_dict(args)
         for name in ("dataset", "algorithm"):
-            if not is_printable(args.get(name)):
+            if not is_name(args.get(name)):
                 raise ValueError(f"args without {name}")
         for name in ("trial_seed", "hparams_seed"):
             if type(args.get(name)) is not int:
@@ -59,7 +64,12 @@ class RunKey(NamedTuple):
         envs = args.get("test_envs")
         if not isinstance(envs, list) or any(type(e) is not int or e < 0 for e in envs) or len(set(envs)) < len(envs):
             raise ValueError("args without a list of test_envs")
-        return cls(args["dataset"], args["algorithm"], tuple(sorted(envs)), args["trial_seed"], args["hparams_seed"])
+        dataset, algorithm = identify_dataset(args), show_name(args["algorithm"])
+        return cls(dataset, algorithm, tuple(sorted(envs)), args["trial_seed"], args["hparams_seed"])
+
+    def relabel(self, labels: Mapping[str, str]) -> RunKey:
+        """Return the same key with the data set called as in tables."""
+        return self._replace(dataset=labels[self.dataset])
 
     def describe(self) -> str:
         """Return the key in words."""

@@ -13,12 +13,13 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from daft_domainbed.errors import UsageError
+from daft_domainbed.results.labels import label_datasets
 from daft_domainbed.results.missing import Missing, list_missing
-from daft_domainbed.results.plans import Plan, are_names, read_plan
+from daft_domainbed.results.plans import Plan, are_names, read_plan, show_names
 from daft_domainbed.results.records import Note, Run, RunKey, read_run
 from daft_domainbed.results.values import as_list
 from daft_domainbed.runtime.layout import PLAN_FILE, RECORDS_FILE, SLURM_FOLDER, TEACHERS_FOLDER
@@ -68,11 +69,16 @@ def read_sweep(root: Path, weights: str = "plain") -> Sweep:
     stored, outside = _list_teachers(store, plan)
     students = _read_runs(root, folders, notes, plan, weights)
     teachers = _read_runs(store, stored, notes, plan)
+    # Teachers in a store outside the sweep show whether runs are done, nothing else: the tables are the sweep's own.
+    others = _read_runs(root, outside, [], plan)
+    planned = [run.args for run in plan.runs.values()] if plan else []
+    labels = label_datasets([*planned, *(run.args for run in (*students, *teachers))])
+    plan = plan and plan.relabel(labels)
+    students, teachers = ([replace(run, key=run.key.relabel(labels)) for run in runs] for runs in (students, teachers))
 
     environments = _name_environments(plan, [*students, *teachers])
     students, teachers = (_drop_misfits(runs, environments, notes) for runs in (students, teachers))
-    # Teachers in a store outside the sweep show whether runs are done, nothing else: the tables are the sweep's own.
-    missing = list_missing(root, plan, [*students, *teachers, *_read_runs(root, outside, [], plan)]) if plan else []
+    missing = list_missing(root, plan, [*students, *teachers, *others]) if plan else []
     students = [run for run in students if run.is_done] if plan else _drop_doubles(students, notes)
     _note_unfinished(students, notes)
     if not plan and not students:
@@ -137,7 +143,7 @@ def _name_environments(plan: Plan | None, runs: list[Run]) -> dict[str, list[str
         same = [run for run in runs if run.key.dataset == dataset]
         (n_envs, _), *_ = Counter(run.n_envs for run in same).most_common(1)
         names = (as_list(run.first.get("environments")) for run in same)
-        sound = (found for found in names if len(found) == n_envs and are_names(found))
+        sound = (show_names(found) for found in names if len(found) == n_envs and are_names(found))
         environments[dataset] = next(sound, _number_environments(n_envs))
     for planned in plan.runs.values() if plan else ():
         n_envs = max(planned.key.test_envs, default=0) + 1

@@ -32,6 +32,6 @@ def writing_atomically(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small text file in one indivisible step."""
+    """Write a small text file in one indivisible step, in UTF-8; bytes of a name that were none stay what they are."""
     with writing_atomically(path) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="surrogateescape"))

@@ -103,6 +103,6 @@ def pack_teachers(teachers: Mapping[str, Any]) -> dict[str, Any]:
 def read_failure(folder: Path) -> str:
     """Return why a run failed, in one line, or nothing where it did not."""
     with suppress(OSError):
-        lines = (folder / FAILED_FILE).read_text(errors="replace").splitlines()
+        lines = (folder / FAILED_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
         return lines[0] if lines else "no reason given"  # a full disk leaves an empty file
     return ""

@@ -217,9 +217,11 @@ def check_data(data_dir: Path) -> Iterator[Check]:
 
 def _look_into(folder: Path, count: int) -> tuple[str, str]:
     """Return the status of a folder of domains, and what it holds."""
+    from daft_domainbed.embedded.image_folder import list_folders
+
     if not folder.is_dir():
         return "missing", f"no folder {folder}"
-    domains = {domain.name: _list_folders(domain) for domain in folder.iterdir() if domain.is_dir()}
+    domains = {name: set(list_folders(folder / name)) for name in list_folders(folder)}
     if len(domains) != count:
         return "broken", f"{folder} has {len(domains)} domains where {count} belong: {', '.join(sorted(domains))}"
     every = set().union(*domains.values())
@@ -227,10 +229,6 @@ def _look_into(folder: Path, count: int) -> tuple[str, str]:
         if lacking := sorted(every - classes):
             return "broken", f"{folder / domain} lacks the class {lacking[0]!r} ({len(lacking)} in all)"
     return "ok", f"{folder}, {count} domains, {len(every)} classes"
-
-
-def _list_folders(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir() if path.is_dir()}
 
 
 def _python(code: str) -> str:

@@ -20,7 +20,7 @@ from daft_domainbed.cli import ArgumentParser, non_negative_int, positive_int, r
 from daft_domainbed.errors import RunError
 from daft_domainbed.launch.sweep import launch
 from daft_domainbed.methods import COMPARED
-from daft_domainbed.scripts.sweep import add_launch_flags, make_options
+from daft_domainbed.scripts.sweep import FIRST_DRAW, FIRST_TRIAL, add_launch_flags, make_options
 from daft_domainbed.scripts.train import add_shared_flags
 
 
@@ -30,9 +30,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dataset", default="EmojiStyles", help="a data set's name, or folder:PATH")
     parser.add_argument("--algorithms", nargs="+", default=list(COMPARED), help="what is compared")
     parser.add_argument("--n_trials", type=positive_int, default=1, help="repetitions, each with its own splits")
-    parser.add_argument("--n_trials_from", type=non_negative_int, default=0, help="the first of the trials")
+    parser.add_argument("--n_trials_from", type=non_negative_int, default=0, help=FIRST_TRIAL)
     parser.add_argument("--n_hparams", type=positive_int, default=1, help="hyperparameter draws; the first: defaults")
-    parser.add_argument("--n_hparams_from", type=non_negative_int, default=0, help="the first of the draws")
+    parser.add_argument("--n_hparams_from", type=non_negative_int, default=0, help=FIRST_DRAW)
     parser.add_argument("--output_dir", help="the sweep's folder; runs/<dataset> by default")
     parser.add_argument("--steps", type=positive_int, help="updates; the data set's own number by default")
     parser.add_argument("--command_launcher", default="local", help="local, multi_gpu, ray, or one of your own")
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, keep, launcher = make_options(args), args["keep"] or "all", args["command_launcher"]
     dataset = args["dataset"]
     name = re.sub(r"[^\w.-]+", "_", name_dataset(dataset).removeprefix("folder:"))
-    args["output_dir"] = args["output_dir"] or f"runs/{name}"
+    args["output_dir"] = args["output_dir"] or str(_choose_folder(Path("runs", name), dataset))
     args["threads"] = args["threads"] or 1
     own = {field: value for field, value in args.items() if field in SweepArgs.__dataclass_fields__}
     failure = None
@@ -73,6 +73,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if failure:
         raise failure
     return 0
+
+
+def _choose_folder(folder: Path, dataset: str) -> Path:
+    """Return the folder of a data set's runs: another one than that of a data set that only has the same name."""
+    from daft_domainbed.data.place import identify
+    from daft_domainbed.launch.plan_file import read_begun_data
+
+    begun = read_begun_data(folder) if dataset.startswith("folder:") else {}
+    ids = {place["data_id"] for place in begun.values()}
+    if not ids or None in ids or (own := identify(dataset)) in ids:
+        return folder
+    return folder.with_name(f"{folder.name}-{own[:8]}")
 
 
 if __name__ == "__main__":

@@ -45,6 +45,10 @@ if TYPE_CHECKING:
     from daft_domainbed.launch.options import Options
 
 
+FIRST_TRIAL = "the first trial, by default 0: --n_trials 4 --n_trials_from 2 is trials 2 and 3"
+FIRST_DRAW = "the first draw, by default 0, the defaults: --n_hparams 20 --n_hparams_from 1 is draws 1 to 19"
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of `sweep`; a flag that is not given is no attribute of what it parses."""
     parser = ArgumentParser(prog="daft-domainbed sweep", doc=__doc__, argument_default=argparse.SUPPRESS)
@@ -60,11 +64,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--datasets", nargs="+", help="names of data sets, or folder:PATH")
     parser.add_argument("--algorithms", nargs="+", help=f"default: {' '.join(COMPARED)}")
     parser.add_argument("--n_trials", type=positive_int, help="repetitions, each with its own splits; default: 3")
-    parser.add_argument("--n_trials_from", type=non_negative_int, help="the first of the trials; default: 0")
+    parser.add_argument("--n_trials_from", type=non_negative_int, help=FIRST_TRIAL)
     parser.add_argument(
         "--n_hparams", type=positive_int, help="hyperparameter draws, the first being the defaults; default: 20"
     )
-    parser.add_argument("--n_hparams_from", type=non_negative_int, help="the first of the draws; default: 0")
+    parser.add_argument("--n_hparams_from", type=non_negative_int, help=FIRST_DRAW)
     parser.add_argument("--single_test_envs", action="store_true", help="no pairs of held-out domains")
     parser.add_argument("--seed", type=non_negative_int, help="another one makes another sweep; default: 0")
     parser.add_argument("--steps", type=positive_int, help="updates; the data set's own number by default")
@@ -137,7 +141,7 @@ def read_config(path: Path, command: str) -> dict[str, Any]:
     import yaml
 
     try:
-        content = _parse_yaml(path.read_text())
+        content = _parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UsageError(f"--config {path} cannot be read ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict):

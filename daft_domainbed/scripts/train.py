@@ -62,6 +62,9 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
         metavar="A,B",
         help="classes that no environment shows and the model does not know, for evaluate --ood classes:A,B",
     )
+    parser.add_argument(
+        "--cap_batch_size", action="store_true", help="lower a batch_size that the smallest training domain cannot fill"
+    )
     parser.add_argument("--skip_model_save", action="store_true", help="keep the records only")
     parser.add_argument("--host", default="embedded", choices=["embedded", "upstream"], help="whose parts are used")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -93,11 +96,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
 
     from daft_domainbed.arguments import TrainArgs
+    from daft_domainbed.data.place import locate
     from daft_domainbed.runtime import stopping
     from daft_domainbed.training.engine import train
 
     with stopping.listening(signal.SIGINT, signal.SIGTERM):
-        train(TrainArgs(**vars(args)))
+        train(locate(TrainArgs(**vars(args))))
     return 0
 
 

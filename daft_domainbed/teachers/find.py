@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +68,25 @@ def _find(slot: Slot, facts: RunFacts, make: Make) -> Teacher:
 
 
 def _get_made(slot: Slot, facts: RunFacts, make: Make) -> Path:
-    job = plan_teacher(slot, facts.hparams, facts.args, facts.user_hparams, facts.host, facts.dataset)
-    args = job.place(facts.teachers_dir)
-    folder = Path(args.output_dir)
-    if not (folder / DONE_FILE).is_file() or not (folder / CHECKPOINT_FILE).is_file():
-        make(args)
-    return folder / CHECKPOINT_FILE
+    def place(args: TrainArgs) -> TrainArgs:
+        job = plan_teacher(slot, facts.hparams, args, facts.user_hparams, facts.host, facts.dataset)
+        return job.place(facts.teachers_dir)
+
+    args = place(facts.args)
+    if _is_made(args):
+        return Path(args.output_dir) / CHECKPOINT_FILE
+    before = place(replace(facts.args, data_id=None))  # as it was called before files counted in its name
+    if facts.args.data_id and _is_made(before):
+        path = Path(before.output_dir) / CHECKPOINT_FILE
+        with suppress(UsageError):  # of other data of that name
+            verify(load_checkpoint(path), path, facts)
+            return path
+    make(args)
+    return Path(args.output_dir) / CHECKPOINT_FILE
+
+
+def _is_made(args: TrainArgs) -> bool:
+    return all((Path(args.output_dir) / name).is_file() for name in (DONE_FILE, CHECKPOINT_FILE))
 
 
 def _search(slot: Slot, folder: Path, facts: RunFacts) -> Path:

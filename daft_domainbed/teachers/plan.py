@@ -145,6 +145,11 @@ def _name(job: TrainArgs, hparams: Mapping[str, Any], teachers: dict[str, str]) 
     }
     # What was not known from the beginning counts only where it is given, so that older teachers keep their names.
     others = {prefix: name for prefix, name in teachers.items() if prefix != "teacher"}
-    later = {"teachers": others, "leave_out_classes": job.leave_out_classes}
+    later = {
+        "teachers": others,
+        "data_id": job.data_id,
+        "leave_out_classes": job.leave_out_classes,
+        "cap_batch_size": job.cap_batch_size,
+    }
     text = json.dumps(identity | {name: value for name, value in later.items() if value}, sort_keys=True)
     return f"{job.algorithm}-{sha256(text.encode()).hexdigest()[:16]}"

@@ -55,8 +55,11 @@ def describe(
 def compare(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
     """Return one phrase for each field in which a teacher's provenance differs from the run's, plain fields first.
 
-    The fingerprints of another data set all differ, which says nothing more, so they are left out.
+    The fingerprints of another data set all differ, which says nothing more, so they are left out. A folder of images
+    may have another name by now: its fingerprints tell.
     """
+    if str(theirs.get("dataset")).startswith("folder:") and theirs.get("fingerprints") == ours["fingerprints"]:
+        theirs = {**theirs, "dataset": ours["dataset"]}
     differences = [
         f"{name} is {theirs.get(name)} there and {ours[name]} here"
         for name in PLAIN_FIELDS
@@ -90,7 +93,7 @@ def fingerprint(split: Split) -> str:
         digest.update(torch.tensor(all_labels, dtype=torch.int64).numpy().tobytes())
     else:
         for key in keys:
-            digest.update(f"{_identify(data, key)}\n".encode())
+            digest.update(f"{_identify(data, key)}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from daft_domainbed.arguments import TrainArgs
+from daft_domainbed.arguments import TrainArgs, find_data_path
 from daft_domainbed.errors import UsageError
 from daft_domainbed.host.checkpoints import build_model, load_checkpoint
 from daft_domainbed.host.contract import Host, describe_dataset
@@ -44,7 +44,7 @@ def rebuild_model(content: Mapping[str, Any], path: Path, host: Host) -> Any:
         args=args,
         user_hparams={},
         hparams=content["model_hparams"],
-        dataset=describe_dataset(host, args.dataset, content["model_hparams"]),
+        dataset=describe_dataset(host, args.dataset, content["model_hparams"], find_data_path(content["args"])),
         num_classes=content["model_num_classes"],
         input_shape=tuple(content["model_input_shape"]),
         splits=[],

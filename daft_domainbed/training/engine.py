@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -16,9 +17,10 @@ import torch
 from daft_domainbed.arguments import TrainArgs
 from daft_domainbed.data.image_cache import cache_images
 from daft_domainbed.data.loaders import make_eval_stream, make_stream
-from daft_domainbed.data.splits import build_data
+from daft_domainbed.data.splits import build_data, cap_batch_size
 from daft_domainbed.data.streams import Stream
 from daft_domainbed.data.views import make_views
+from daft_domainbed.embedded.image_folder import list_notes
 from daft_domainbed.errors import RunError, UsageError
 from daft_domainbed.host.contract import get_algorithm_class
 from daft_domainbed.methods import list_slots
@@ -79,6 +81,8 @@ def train(
                 remove_finished_run(folder)
             saved = read_unfinished(args, folder)
             if saved is None and (folder / DONE_FILE).is_file():
+                if not quiet:
+                    print(f"{folder} is done already, with the same data and arguments", file=sys.stderr)
                 return folder
             for leftover in folder.glob(".*.tmp"):  # what a killed owner left half written
                 leftover.unlink(missing_ok=True)
@@ -117,7 +121,10 @@ class _Run:
         self.data = build_data(self.host, self.args, self.hparams, self.run.dataset.dataset_class)
         if self.args.data_seed is not None:
             randomness.seed_everything(self.args.seed)
-        check_data(self.data, self.run)
+        sizes = check_data(self.data, self.run)
+        self.hparams["batch_size"] = cap_batch_size(sizes, self.args, self.hparams)
+        for note in () if self.log.quiet else list_notes(self.args.dataset, self.data.dataset):
+            self.log.warn(note)
         if self.args.image_cache:
             cache_images(self.data.dataset, Path(self.args.image_cache), self.log.warn)
         self._make_streams()

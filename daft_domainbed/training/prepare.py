@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 import torch
 
 from daft_domainbed.arguments import TrainArgs
-from daft_domainbed.data.splits import NO_UNLABELLED, Data, build_data, check_sizes
+from daft_domainbed.data.splits import NO_UNLABELLED, Data, Sizes, build_data, check_sizes, count_images
+from daft_domainbed.embedded.image_folder import list_notes
 from daft_domainbed.errors import UsageError
 from daft_domainbed.host.contract import DatasetFacts, Host, describe_dataset, find_host, get_algorithm_class
 from daft_domainbed.hparams import parse_json, split_hparams
@@ -47,6 +49,7 @@ class Prepared:
         device: On which it computes.
         n_steps: Number of updates.
         checkpoint_freq: Updates between evaluations.
+        lengths: Images of each environment, where the data were looked at.
     """
 
     args: TrainArgs
@@ -57,6 +60,7 @@ class Prepared:
     device: torch.device
     n_steps: int
     checkpoint_freq: int
+    lengths: tuple[int, ...] = ()
 
     @property
     def complete_args(self) -> TrainArgs:
@@ -75,7 +79,7 @@ def prepare(args: TrainArgs) -> Prepared:
     get_algorithm_class(host, args.algorithm)
     given = parse_json(args.hparams)
     user, own = split_hparams(given, args.algorithm)
-    dataset = describe_dataset(host, args.dataset, user)
+    dataset = describe_dataset(host, args.dataset, user, args.data_path)
     check_test_envs(args.test_envs, dataset)
     if not 0 < args.holdout_fraction < 1:
         raise UsageError(f"--holdout_fraction is {args.holdout_fraction}: it must lie between 0 and 1")
@@ -159,19 +163,27 @@ def prepare_first_runs(runs: Iterable[TrainArgs]) -> dict[tuple[str, str], Prepa
             with preserve_states():
                 data[args.dataset] = build_data(run.host, args, run.hparams, run.dataset.dataset_class)
         check_data(data[args.dataset], run)
-        prepared[args.dataset, args.algorithm] = run
+        prepared[args.dataset, args.algorithm] = replace(run, lengths=tuple(data[args.dataset].lengths))
+    for name, built in data.items():
+        for note in list_notes(name, built.dataset):
+            print(note, file=sys.stderr)
     return prepared
 
 
-def check_data(data: Data, run: Prepared) -> None:
+def check_data(data: Data, run: Prepared) -> Sizes:
     """Refuse environments that are too small for a run, or that lack the unlabelled images of its task.
+
+    Returns:
+        How many images it has.
 
     Raises:
         UsageError: Names the environment, or the flag.
     """
-    check_sizes(data, run.args, run.hparams, run.dataset.environments)
+    sizes = count_images(data.lengths, run.args, run.dataset.environments)
+    check_sizes(sizes, run.args, run.hparams)
     if run.args.task == "domain_adaptation" and not data.uda_splits:
         raise UsageError(NO_UNLABELLED)
+    return sizes
 
 
 def gather_facts(

@@ -32,7 +32,10 @@ def read_unfinished(args: TrainArgs, folder: Path) -> dict[str, Any] | None:
         return None
     if saved.is_file():
         state = weights.load(saved)
-        _check_same(state["args"], args, folder, "an unfinished run")
+        theirs = state["args"]
+        # Where files differ, an image may have been mended before the first step; later, the splits tell more.
+        known = theirs if theirs.get("data_id") == args.data_id else theirs | {"data_id": None}
+        _check_same(known, args, folder, "an unfinished run")
         return state
     if records.is_file():
         raise UsageError(
@@ -95,7 +98,7 @@ class Log:
         self._append("err.txt", text)
 
     def _append(self, name: str, text: str) -> None:
-        with (self.folder / name).open("a") as file:
+        with (self.folder / name).open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text + "\n")
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from daft_domainbed.arguments import TrainArgs
-from daft_domainbed.data.splits import check_sizes, split_environments
+from daft_domainbed.data.splits import check_sizes, count_images, split_environments
+from daft_domainbed.embedded.image_folder import list_notes
 from daft_domainbed.host.contract import describe_dataset, find_host
 from daft_domainbed.hparams import parse_json
 from daft_domainbed.runtime.files import write_text
@@ -42,7 +43,9 @@ def follow_upstream_run(args: TrainArgs) -> Callable[[Any, Mapping[str, Any]], N
         is_built = True
         complete = replace(args, steps=args.steps or dataset.N_STEPS)
         data = split_environments(host, complete, dataset)
-        check_sizes(data, complete, hparams, type(dataset).ENVIRONMENTS)
+        check_sizes(count_images(data.lengths, complete, type(dataset).ENVIRONMENTS), complete, hparams)
+        for note in list_notes(args.dataset, dataset):
+            print(note, file=sys.stderr)
         folder = Path(args.output_dir)
 
         def write_beside(found: dict[str, Any]) -> None:

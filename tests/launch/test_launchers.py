@@ -6,7 +6,6 @@ import importlib
 import os
 import shlex
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -98,20 +97,27 @@ def test_installed_packages_are_named_too(own: Own) -> None:
 # --- commands --------------------------------------------------------------------------------------------------------
 
 
-def test_dummy_prints_commands_that_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_dummy_prints_commands_by_stage(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     root = tmp_path / "a sweep's folder"
     jobs = plan(root, "ERM", "KD")
+    before = sorted(root.rglob("*"))
     assert launch(find_launcher("dummy", "embedded"), root, jobs) is None
-    commands = capfd.readouterr().out.splitlines()
+    lines = capfd.readouterr().out.splitlines()
+    commands = [line for line in lines if not line.startswith("# ")]
     assert read_jobs_of(commands) == [job.folder for job in jobs]  # teachers first
-    assert not list(root.glob("*/"))
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    subprocess.run(commands[-1], shell=True, check=True, env=environment, cwd="/")
+    n_teachers = sum(job.stage != "student" for job in jobs)
+    assert [line for line in lines if line.startswith("# ")] == [
+        f"# ERM teacher: {n_teachers}", f"# student: {len(jobs) - n_teachers}"
+    ]  # fmt: skip
+    assert sorted(root.rglob("*")) == before
     # Of a student, with its teacher on the way. What is done is not printed again.
+    assert do_command(commands[-1]) == 0
     done = {job.folder for job in jobs if is_done(root / job.folder)}
     assert done == {jobs[-1].folder, *jobs[-1].needs}
     launch(find_launcher("dummy", "embedded"), root, jobs)
-    assert read_jobs_of(capfd.readouterr().out.splitlines()) == [job.folder for job in jobs if job.folder not in done]
+    lines = capfd.readouterr().out.splitlines()
+    left = read_jobs_of([line for line in lines if not line.startswith("# ")])
+    assert left == [job.folder for job in jobs if job.folder not in done]
 
 
 def test_command_says_how_many_threads(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ class Diary:
         self.failures[job.folder] = failure
 
 
-def plan(root: Path, **user: Any) -> list[Job]:
+def plan(root: Path, device: str = "cpu", **user: Any) -> list[Job]:
     """All stages of ERM, KD and DAFT with Debug28's first domain held out: five jobs."""
     sweep = SweepArgs(
         datasets=["Debug28"],
@@ -64,7 +64,7 @@ def plan(root: Path, **user: Any) -> list[Job]:
         steps=6,
         checkpoint_freq=2,
         hparams=json.dumps(TINY | user),
-        device="cpu",
+        device=device,
     )
     return [job for job in make_plan(sweep) if job.args.test_envs == [0]]
 
@@ -75,8 +75,9 @@ def run(root: Path, jobs: list[Job], n_jobs: int = 2) -> tuple[dict[str, str], D
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
-    """A run's records without what a clock or the place says."""
-    return [strip_times(record) for record in conftest.read_records(folder)]
+    """A run's records without what a clock or the place says, nor which device it might have taken."""
+    records = [strip_times(record) for record in conftest.read_records(folder)]
+    return [record | {"args": record["args"] | {"device": None}} for record in records]
 
 
 pytestmark = pytest.mark.usefixtures("warm_servers")
@@ -138,19 +139,28 @@ def test_one_job_a_gpu_gives_the_same_numbers(
     finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, jobs, _, _ = finished
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")  # nothing looks whether they are there before a job does
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1,9")  # of which CUDA knows two
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert list_gpus() == ["3", "1"]
     diary = Diary()
-    assert run_multi_gpu(tmp_path, plan(tmp_path), Options(), diary) == {}
+    assert run_multi_gpu(tmp_path, plan(tmp_path, "auto"), Options(), diary) == {}
     assert diary.most_at_once == 2
     for job in jobs:
         assert read_records(tmp_path / job.folder) == read_records(root / job.folder)
 
 
+def test_multi_gpu_takes_the_cpu_where_that_is_meant(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    root, jobs, _, _ = finished
+    assert run_multi_gpu(root, jobs, Options(), Diary()) == {}
+
+
 def test_multi_gpu_without_a_gpu_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    with pytest.raises(UsageError, match="no GPU is visible here; use local"):
-        run_multi_gpu(tmp_path, plan(tmp_path), Options(), Diary())
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    for visible in ("", "0,1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        with pytest.raises(UsageError, match="no GPU can be used here; add --device cpu"):
+            run_multi_gpu(tmp_path, plan(tmp_path, "auto"), Options(), Diary())
 
 
 def test_what_is_done_is_not_done_again(finished: Finished) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import types
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -8,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from daft_domainbed import hparams
+from daft_domainbed import hparams, plugin
 from daft_domainbed.arguments import SweepArgs
 from daft_domainbed.embedded.misc import seed_hash
 from daft_domainbed.errors import UsageError
+from daft_domainbed.host.contract import find_host
 from daft_domainbed.launch.job import Job
 from daft_domainbed.launch.plan import list_test_envs, make_plan
 from daft_domainbed.launch.plan_file import check_plan, read_jobs, read_sweep_args, write_plan
@@ -279,6 +282,31 @@ def test_another_sweep_is_refused_in_its_folder(tmp_path: Path, change: dict[str
     with pytest.raises(UsageError, match=f"{tmp_path} holds a sweep with other arguments .{message}"):
         store(make_sweep(tmp_path, **change))
     assert json.loads((tmp_path / "plan.json").read_text()) == before
+
+
+def test_a_draw_that_the_data_cannot_serve_is_refused_before_anything_is_launched(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path, n_hparams=20, algorithms=["ERM"], hparams=None)  # 13 images, batches to 2**9
+    with pytest.raises(UsageError, match=r"batch_size is \d+( \(hparams_seed \d+ of ERM\))?, .* add --cap_batch_size"):
+        make_plan(sweep)
+    assert count_stages(make_plan(replace(sweep, cap_batch_size=True))) == {"student": 60}
+
+
+@pytest.mark.parametrize("file", [None, "<stdin>"])
+def test_an_algorithm_that_no_job_would_find_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str | None
+) -> None:
+    """As one of a notebook, of `python -c` or of standard input, which have no file."""
+    mine = type("Mine", (), {"update": lambda self, batches, unlabeled=None: {"loss": 0.0}, "__module__": "__main__"})
+    main = types.ModuleType("__main__")
+    main.__file__ = file
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    plugin.add_algorithm("Mine", mine)
+    try:
+        with pytest.raises(UsageError, match="Mine was added where no job of a sweep finds it .*: put its class"):
+            make_plan(make_sweep(tmp_path, algorithms=["KD", "Mine"]))
+        assert len(make_plan(make_sweep(tmp_path, algorithms=["KD"]))) == 6
+    finally:
+        plugin.unregister(find_host())
 
 
 def test_a_moved_sweep_is_the_same_sweep(tmp_path: Path) -> None:

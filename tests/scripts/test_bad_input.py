@@ -171,6 +171,7 @@ def test_hyperparameters(tiny: Tiny, refuse: Callable[..., str], algorithm: str,
         ('{"lr": ' + "9" * 5000 + "}", "lr"),
         ('{"kd_temprature": 4}', "Did you mean 'kd_temperature'?"),
         ('{"irm_lambda": 1}', "'irm_lambda'"),
+        ('{"lr": 0.1, "batch_size": 8, "lr": 0.2}', "'lr' 2 times (0.1 and 0.2)"),
     ],
 )
 def test_hparams_text(tiny: Tiny, refuse: Callable[..., str], text: str, says: str) -> None:

@@ -88,6 +88,7 @@ def read_tree(root: Path) -> dict[Path, int]:
 def sweep(tmp_path: Path, capfd: Capture, monkeypatch: pytest.MonkeyPatch) -> Sweep:
     """A sweep yet to be launched, in a folder of its own."""
     monkeypatch.setitem(launchers._BUILT_IN, "here", lambda: run_here)
+    monkeypatch.setitem(launchers._BUILT_IN, "later", lambda: lambda *_: None)  # plans, and runs nothing
     monkeypatch.chdir(tmp_path)
     return Sweep(tmp_path / "sweep", capfd)
 
@@ -246,8 +247,12 @@ def test_launchers_are_chosen_by_name(sweep: Sweep, launcher: str) -> None:
     status, out, lines = sweep("launch", *ERM, *SMALL, "--skip_confirmation", "--command_launcher", launcher)
     assert status == 0, lines
     if launcher == "dummy":
-        assert [shlex.split(line)[4] for line in out.splitlines()] == [job.folder for job in sweep.jobs]
-        assert sweep.count() == {"not launched": 3}
+        first, *commands = out.splitlines()
+        assert first == "# student: 3"
+        assert [shlex.split(line)[:3] for line in commands] == [
+            [sys.executable, "-m", "daft_domainbed.launch.work"]
+        ] * 3
+        assert not sweep.root.exists()
     else:
         assert sweep.count() == {"done": 3}
         assert len([line for line in lines if "/3] ERM student, " in line]) == 3
@@ -335,7 +340,7 @@ def test_another_sweep_does_not_get_the_folder(erm_sweep: Sweep, argv: list[str]
 
 
 def test_another_sweep_does_not_get_the_folder_of_one_that_has_just_begun(sweep: Sweep) -> None:
-    sweep("launch", *ERM, *SMALL, "--skip_confirmation", "--command_launcher", "dummy")
+    sweep("launch", *ERM, *SMALL, "--skip_confirmation", "--command_launcher", "later")
     folder = sweep.root / sweep.jobs[0].folder
     folder.mkdir()
     with claim(folder):
@@ -498,7 +503,7 @@ def test_studies_of_the_repository_are_read(study: str) -> None:
 @pytest.fixture
 def motley(sweep: Sweep) -> Iterator[dict[str, str]]:
     """A sweep with a job in every state; folders by state."""
-    sweep("launch", *KD, *SMALL, "--skip_confirmation", "--command_launcher", "dummy")
+    sweep("launch", *KD, *SMALL, "--skip_confirmation", "--command_launcher", "later")
     jobs = sweep.jobs
     students = [job for job in jobs if job.args.algorithm == "ERM" and job.stage == "student"]
 
@@ -594,7 +599,7 @@ def test_run_that_is_begun_while_it_is_asked_is_not_deleted(
 
 
 def test_store_that_other_sweeps_share_is_left_alone(sweep: Sweep, tmp_path: Path) -> None:
-    flags = ["--skip_confirmation", "--command_launcher", "dummy", "--teachers_dir", str(tmp_path / "store")]
+    flags = ["--skip_confirmation", "--command_launcher", "later", "--teachers_dir", str(tmp_path / "store")]
     sweep("launch", *KD, *SMALL, *flags)
     for job in (sweep.jobs[0], sweep.jobs[-1]):
         write_failure(sweep.root / job.folder, "no luck")
@@ -632,9 +637,9 @@ def test_chosen_weights_stay_and_the_tables_with_them(sweep: Sweep, capfd: Captu
 
 
 def test_weights_stay_while_anything_is_missing(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
-    sweep("launch", *ERM, *SMALL, "--skip_confirmation", "--command_launcher", "dummy", "--keep", "chosen")
+    sweep("launch", *ERM, *SMALL, "--skip_confirmation", "--command_launcher", "later", "--keep", "chosen")
     run_here(sweep.root, sweep.jobs[:2])
-    sweep("launch", "--skip_confirmation", "--command_launcher", "dummy", "--keep", "chosen")
+    sweep("launch", "--skip_confirmation", "--command_launcher", "later", "--keep", "chosen")
     assert len(list(sweep.root.glob("*/model.pkl"))) == 2
 
 

@@ -48,6 +48,9 @@ OUR_FLAGS = {
     "feature_cache",
     "data_seed",
     "leave_out_classes",
+    "cap_batch_size",
+    "data_id",
+    "data_path",
 }
 EVALUATIONS = ["env0_in", "env1_in", "env2_in", "env0_out", "env1_out", "env2_out"]
 
@@ -290,6 +293,13 @@ class TestData:
         assert not (tiny.root / "run").exists()
         assert (tiny.train(hparams={"batch_size": 13}) / "done").is_file()
 
+    def test_a_batch_that_no_domain_fills_is_capped_where_that_is_asked(self, tiny: Any) -> None:
+        capped = tiny.train("capped", {"batch_size": 64}, cap_batch_size=True)
+        whole = tiny.train("whole", {"batch_size": 13})
+        first, wanted = (json.loads((run / "results.jsonl").read_text().splitlines()[0]) for run in (capped, whole))
+        assert (first["hparams"]["batch_size"], first["args"]["cap_batch_size"]) == (13, True)
+        assert first["loss"] == wanted["loss"]
+
     def test_a_held_out_domain_may_be_smaller(self, tiny: Any, image_folder: Path) -> None:
         for label in "xy":
             for picture in sorted((image_folder / "a" / label).iterdir())[:3]:
@@ -340,7 +350,7 @@ class TestData:
         assert not (tmp_path / "cache").exists()
 
     def test_unlabelled_images_fewer_than_the_batch(self, tiny: Any) -> None:
-        with pytest.raises(UsageError, match="unlabelled part of the held-out domains' has 6 training images"):
+        with pytest.raises(UsageError, match="env '0, unlabelled part' has 6 training images"):
             tiny.train(uda_holdout_fraction=0.5)
 
 
@@ -439,7 +449,8 @@ class TestSecondStart:
     ) -> None:
         run = shelf.copy(tiny.root / "run", {"lr": 0.001})
         before = self.read_times(run)
-        assert run_train(tiny.make_argv(**{"hparams": {"lr": 0.001}, **flags})) == (0, [])
+        said = [f"{run} is done already, with the same data and arguments"]
+        assert run_train(tiny.make_argv(**{"hparams": {"lr": 0.001}, **flags})) == (0, said)
         assert self.read_times(run) == before
 
     def test_a_finished_run_may_have_moved(self, tiny: Any, shelf: Shelf) -> None:
