@@ -1,16 +1,23 @@
-"""The cost of `evaluate`'s attacks beside the same in plain torch, and the tables of docs/robustness.md.
+"""The tables of docs/robustness.md, from records: stored evaluations, and the cost of attacks beside plain torch.
 
-python -m tools.robustness time runs/daft/model.pkl          the ratio of processor times
-python -m tools.robustness table runs/judged/*/evaluation.json    Markdown, from stored evaluations
+    python -m tools.robustness pack student runs/EmojiStyles/*/evaluation/evaluation.json
+    python -m tools.robustness pack teacher runs/EmojiStyles/teachers/*/evaluation/evaluation.json
+    python -m tools.robustness time runs/EmojiStyles/*/model.pkl --n_examples 32
+    python -m tools.robustness write
+
+The first three add to the records, `write` makes the tables from them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import lzma
+import re
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +29,17 @@ from daft_domainbed.evaluation.robustness import Threat, find_lost_budgets, find
 from daft_domainbed.evaluation.subject import load_subject
 from daft_domainbed.evaluation.suites import get_eps, get_grid
 from daft_domainbed.functional.attacks import Norm
-from daft_domainbed.results.robustness import list_numbers
+from daft_domainbed.results.robustness import format_radius, list_numbers
+from daft_domainbed.runtime.machine import describe_machine
 
+ROOT = Path(__file__).parents[1]
+RECORDS = ROOT / "sweeps" / "demo" / "robustness.jsonl.xz"
+PAGE = ROOT / "docs" / "robustness.md"
 STEPS, RESTARTS, ROUNDS = 20, 3, 5
+SHOWN = [k / 255 for k in (0, 0.5, 1, 2, 4, 8, 16)]  # radii of the table of curves
+_TABLE = re.compile(
+    r"(?<=<!-- table (\w{6}): python -m tools\.robustness write -->\n).*?(?=<!-- end of table -->)", re.DOTALL
+)
 
 
 def run_plain(
@@ -77,9 +92,11 @@ def attack_ours(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, norm: N
     return int(stands.sum())
 
 
-def measure_ratio(path: Path, n: int) -> None:
-    """Print the processor time of our attacks over that of plain ones, in turns on the same examples."""
-    subject = load_subject(path, "", device=torch.device("cpu"))
+def measure_ratio(path: Path, n: int) -> Iterator[dict[str, Any]]:
+    """Yield, by norm, the processor seconds of our attacks and of plain ones, in turns on the same examples."""
+    device = torch.device("cpu")
+    torch.set_num_threads(1)
+    subject = load_subject(path, "", device=device)
     env = subject.environments[subject.held_out[0]]
     x, y = subject.load(env, subject.choose(n, 0)[env])
     norms: tuple[Norm, ...] = ("linf", "l2")
@@ -91,41 +108,135 @@ def measure_ratio(path: Path, n: int) -> None:
                 started = time.process_time()
                 left[name] = attack(subject.model, x, y, norm)
                 seconds[name].append(time.process_time() - started)
-        medians = {name: statistics.median(values) for name, values in seconds.items()}
-        print(
-            f"{norm}: ours {medians['ours']:.2f} s, plain {medians['plain']:.2f} s, ratio "
-            f"{medians['ours'] / medians['plain']:.3f}; left {left['ours']} and {left['plain']} of {len(y)}"
-        )
+        facts = {"algorithm": subject.algorithm, "dataset": subject.dataset, "host": subject.host.name}
+        found = {"norm": norm, "n": len(y), "rounds": ROUNDS, "seconds": seconds, "left": left}
+        yield facts | found | {"machine": describe_machine(device, "fp32")}
 
 
-def format_table(models: Sequence[dict[str, Any]]) -> str:
-    """Return a Markdown table, a row a model: the columns of `collect_results --robustness`, time and memory."""
+# --- records -----------------------------------------------------------------------------------------------------
+
+
+def read_records(path: Path = RECORDS) -> list[dict[str, Any]]:
+    """Return all records, each of a `kind`: an evaluation has a `role` and the `model`'s json, a ratio a `ratio`."""
+    if not path.is_file():
+        return []
+    with lzma.open(path, "rt") as file:
+        return [json.loads(line) for line in file]
+
+
+def add_records(records: Sequence[Mapping[str, Any]], path: Path = RECORDS) -> None:
+    """Write records after those that are there."""
+    with lzma.open(path, "wt") as file:
+        file.writelines(json.dumps(record) + "\n" for record in [*read_records(path), *records])
+
+
+# --- tables ------------------------------------------------------------------------------------------------------
+
+
+def make_models_table(records: Sequence[Mapping[str, Any]]) -> str:
+    """Return a row a method: the columns of `collect_results --robustness`, seconds and memory, means over models."""
     rows = []
-    for model in models:
-        held_out = {model["environments"][i] for i in model["test_envs"]}
-        numbers = dict(list_numbers(model, held_out))
-        cost = {"seconds": model["cost"]["seconds"], "peak MB": model["cost"]["peak_memory_mb"]}
-        rows.append({"model": model["algorithm"], "suite": model["suite"]} | numbers | cost)
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-    for row in rows:
-        values = (row.get(name) for name in columns)
-        lines.append(f"| {' | '.join(f'{v:.3g}' if isinstance(v, float) else str(v or '-') for v in values)} |")
-    return "\n".join(lines)
+    for name, models in group_models(records).items():
+        numbers: dict[str, list[float]] = defaultdict(list)
+        for model in models:
+            for column, number in list_numbers(model, find_held_out(model)):
+                if number is not None:
+                    numbers[column].append(number)
+            numbers["seconds"].append(model["cost"]["seconds"])
+            numbers["peak MB"].append(model["cost"]["peak_memory_mb"])
+        means = {column: statistics.fmean(values) for column, values in numbers.items()}
+        rows.append({"": name, "models": len(models)} | means)
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    return format_table(columns, [[row.get(column) for column in columns] for row in rows])
+
+
+def make_curves_table(records: Sequence[Mapping[str, Any]]) -> str:
+    """Return a row a method: accuracy on held-out domains at some Linf radii, by minimal distortions."""
+    rows = []
+    for name, models in group_models(records).items():
+        curves = [
+            dict(zip(curve["eps"], curve["accuracy"], strict=True))
+            for model in models
+            for curve in model["curves"]
+            if (curve["norm"], curve["attack"]) == ("linf", "minimal") and curve["env"] in find_held_out(model)
+        ]
+        rows.append([name, *(statistics.fmean(curve[eps] for curve in curves) for eps in SHOWN)])
+    return format_table(["", *map(format_radius, SHOWN)], rows)
+
+
+def make_ratios_table(records: Sequence[Mapping[str, Any]]) -> str:
+    """Return a row a model and norm: median processor seconds of ours and plain, their ratio, what is left."""
+    rows = []
+    for ratio in (record["ratio"] for record in records if record["kind"] == "ratio"):
+        ours, plain = (statistics.median(ratio["seconds"][side]) for side in ("ours", "plain"))
+        left = f"{ratio['left']['ours']}, {ratio['left']['plain']}"
+        name = f"{ratio['algorithm']}, {ratio['dataset']}"
+        rows.append([name, ratio["norm"], ratio["n"], f"{ours:.2f}", f"{plain:.2f}", f"{ours / plain:.3f}", left])
+    return format_table(["model", "norm", "n", "ours, s", "plain, s", "ratio", "left"], rows)
+
+
+def group_models(records: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Return the models of evaluations by the name of their row."""
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for record in records:
+        if record["kind"] == "evaluation":
+            role = "" if record["role"] == "student" else f" ({record['role']})"
+            groups[f"{record['model']['algorithm']}{role}"].append(record["model"])
+    return groups
+
+
+def find_held_out(model: Mapping[str, Any]) -> set[str]:
+    """Return the names of the environments that were held out of a model's training."""
+    return {model["environments"][i] for i in model["test_envs"]}
+
+
+def format_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Return a Markdown table."""
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    lines += [f"| {' | '.join(map(_format, row))} |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _format(value: Any) -> str:
+    if value is None:
+        return "-"
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.3f}" if abs(value) < 2 else f"{value:.1f}" if abs(value) < 100 else f"{value:.0f}"
+
+
+TABLES: dict[str, Callable[[Sequence[Mapping[str, Any]]], str]] = {
+    "models": make_models_table,
+    "curves": make_curves_table,
+    "ratios": make_ratios_table,
+}
+
+
+def fill_page(text: str, records: Sequence[Mapping[str, Any]]) -> str:
+    """Return the page with its tables made anew."""
+    return _TABLE.sub(lambda found: f"\n{TABLES[found[1]](records)}\n", text)
 
 
 def main() -> None:
     """Do what the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["time", "table"])
-    parser.add_argument("paths", nargs="+", type=Path)
-    parser.add_argument("--n_examples", type=int, default=64)
+    commands = parser.add_subparsers(dest="command", required=True)
+    pack = commands.add_parser("pack", help="add evaluations to the records")
+    pack.add_argument("role", help="student, teacher, or whatever the row is to say in brackets")
+    pack.add_argument("paths", nargs="+", type=Path)
+    ratio = commands.add_parser("time", help="measure ratios, and add them to the records")
+    ratio.add_argument("paths", nargs="+", type=Path)
+    ratio.add_argument("--n_examples", type=int, default=32)
+    commands.add_parser("write", help="make the tables of the page anew")
     args = parser.parse_args()
-    if args.command == "time":
+    if args.command == "pack":
+        models = [json.loads(path.read_text()) for path in args.paths]
+        add_records([{"kind": "evaluation", "role": args.role, "model": model} for model in models])
+    elif args.command == "time":
         for path in args.paths:
-            measure_ratio(path, args.n_examples)
+            add_records([{"kind": "ratio", "ratio": ratio} for ratio in measure_ratio(path, args.n_examples)])
     else:
-        print(format_table([json.loads(path.read_text()) for path in args.paths]))
+        PAGE.write_text(fill_page(PAGE.read_text(encoding="utf-8"), read_records()), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -17,11 +18,12 @@ from typing import Any
 
 import torch
 
-from daft_domainbed.errors import UsageError
+from daft_domainbed.errors import RunError, UsageError
 from daft_domainbed.evaluation import whole
 from daft_domainbed.evaluation.autoattack import check_autoattack
 from daft_domainbed.evaluation.card import format_card
 from daft_domainbed.evaluation.journal import Journal
+from daft_domainbed.evaluation.memory import is_out_of_memory
 from daft_domainbed.evaluation.outside import Outside, find_outside
 from daft_domainbed.evaluation.progress import Progress
 from daft_domainbed.evaluation.record import Findings, Protocol, build_record, name_finding
@@ -259,10 +261,34 @@ class _Evaluation:
             raise stopping.Stopped(f"stopped before {name} in {self.folder}; the same command goes on")
         started = time.perf_counter()
         seed = self.subject.host.misc.seed_hash("evaluate", self.args.seed, name)
-        with preserve_states():
-            torch.manual_seed(seed)  # a model that draws at random draws the same wherever it goes on
-            finding = ask(torch.Generator().manual_seed(seed))
+        while (finding := self._try(ask, seed)) is None:
+            self._halve(name)
         self.journal.put(name, finding, time.perf_counter() - started, measure_peak_memory(self.subject.model.device))
+
+    def _try(self, ask: Callable[[torch.Generator], Any], seed: int) -> Any:
+        """Return a finding; None where memory ran out."""
+        try:
+            with preserve_states():
+                torch.manual_seed(seed)  # a model that draws at random draws the same wherever it goes on
+                return ask(torch.Generator().manual_seed(seed))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        return None
+
+    def _halve(self, name: str) -> None:
+        """Have all models take half as many images at a time; what is random is drawn for whole batches all the same.
+
+        Raises:
+            RunError: They took one.
+        """
+        torch.cuda.empty_cache()
+        at_once = (self.subject.model.at_once or self.subject.batch_size) // 2
+        if not at_once:
+            raise RunError(f"{self.subject.path}: no memory for one image at a time ({name}): use a larger machine")
+        print(f"{self.subject.path}: memory has run out, going on with {at_once} images at a time", file=sys.stderr)
+        for model in (self.subject.model, *self.others.values(), *(model for _, model in self.teachers.values())):
+            model.at_once = at_once
 
     def _build_record(self) -> dict[str, Any]:
         subject, args = self.subject, self.args

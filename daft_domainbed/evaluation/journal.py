@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from daft_domainbed.errors import UsageError
-
-JOURNAL_FILE = "journal.jsonl"
+from daft_domainbed.runtime.layout import JOURNAL_FILE
 
 
 class Journal:

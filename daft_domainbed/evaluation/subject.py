@@ -15,6 +15,7 @@ from torch.utils.data import default_collate
 from daft_domainbed.arguments import TrainArgs, find_data_path, name_dataset
 from daft_domainbed.data.splits import Data, build_data
 from daft_domainbed.errors import UsageError
+from daft_domainbed.evaluation.memory import apply_in_parts
 from daft_domainbed.functional.input_spec import InputSpec
 from daft_domainbed.host.checkpoints import load_checkpoint
 from daft_domainbed.host.contract import Host, describe_dataset, find_host
@@ -36,22 +37,28 @@ class PixelModel:
         algorithm: The host's; put into evaluation mode, its weights frozen.
         spec: How its images were normalised.
         device: Where it computes.
+
+    Attributes:
+        at_once: How many images it takes at a time, where memory has run out; None for any number.
     """
 
     def __init__(self, algorithm: Any, spec: InputSpec, device: torch.device) -> None:
         self.algorithm = algorithm.to(device).eval().requires_grad_(False)
         self.spec, self.device = spec, device
+        self.at_once: int | None = None
         self.is_plain = spec.mean == (0.0,) and spec.std == (1.0,)
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Return logits, [B, K], of pixels, [B, C, H, W]; one logit means two classes, told apart by its sign."""
-        logits: Tensor = self.algorithm.predict(self.normalise(pixels))
+        logits = apply_in_parts(self.algorithm.predict, self.normalise(pixels), self.at_once)
         return torch.cat([torch.zeros_like(logits), logits], 1) if logits.shape[1] == 1 else logits
 
     def encode(self, pixels: Tensor) -> Tensor | None:
         """Return the features that the head sees, [B, D]; None where the algorithm has no featurizer."""
         featurizer = getattr(self.algorithm, "featurizer", None)
-        return None if featurizer is None else featurizer(self.normalise(pixels)).flatten(1)
+        if featurizer is None:
+            return None
+        return apply_in_parts(featurizer, self.normalise(pixels), self.at_once).flatten(1)
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """Return what the algorithm takes."""
@@ -104,12 +111,17 @@ class Subject:
     @property
     def held_out(self) -> list[int]:
         """The environments that were held out of training."""
-        return sorted(self.args["test_envs"])
+        return sorted(self.run.test_envs)
 
     @property
     def is_small(self) -> bool:
         """Whether its images have at most 64 pixels a side."""
         return max(self.data.dataset.input_shape[1:]) <= SMALL
+
+    @property
+    def batch_size(self) -> int:
+        """How many examples are asked about at a time; their memory may hold fewer."""
+        return 256 if self.is_small else 32
 
     @property
     def has_box(self) -> bool:
@@ -151,9 +163,8 @@ class Subject:
 
     def list_batches(self, positions: list[int]) -> Iterator[list[int]]:
         """Yield positions batch by batch, of a size that depends on the images alone: no machine rounds otherwise."""
-        size = 256 if self.is_small else 32
-        for start in range(0, len(positions), size):
-            yield positions[start : start + size]
+        for start in range(0, len(positions), self.batch_size):
+            yield positions[start : start + self.batch_size]
 
     def fingerprint(self, chosen: Mapping[str, list[int]]) -> dict[str, str]:
         """Return a hash of each environment's chosen examples."""

@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from daft_domainbed.launch.job import Job
-from daft_domainbed.runtime.layout import DONE_FILE, FAILED_FILE, RESUME_FILE, read_failure, read_last_record
+from daft_domainbed.runtime.layout import (
+    DONE_FILE,
+    FAILED_FILE,
+    JOURNAL_FILE,
+    RESUME_FILE,
+    read_failure,
+    read_last_record,
+)
 from daft_domainbed.runtime.locks import is_claimed
 
 Kind = Literal["done", "running", "incomplete", "failed", "waiting", "not launched"]
@@ -73,6 +80,6 @@ def _read_state(root: Path, job: Job, done: set[str]) -> State:
         return State("running", step=step)
     if reason := read_failure(folder):
         return State("failed", reason=reason, step=step)
-    if (folder / RESUME_FILE).is_file() or step is not None:
+    if step is not None or any((folder / name).is_file() for name in (RESUME_FILE, JOURNAL_FILE)):
         return State("incomplete", step=step)
     return State("not launched" if done.issuperset(job.needs) else "waiting")

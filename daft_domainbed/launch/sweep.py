@@ -183,10 +183,11 @@ def show_status(root: Path) -> None:
         UsageError: The folder holds no sweep.
     """
     from daft_domainbed.launch import slurm
+    from daft_domainbed.launch.evaluations import read_evaluations
     from daft_domainbed.launch.plan_file import read_jobs
     from daft_domainbed.runtime.layout import QUEUE_FILE
 
-    _print_summary(root, read_jobs(root))
+    _print_summary(root, [*read_jobs(root), *read_evaluations(root)])
     if (root / QUEUE_FILE).is_file() and shutil.which("squeue"):
         print(f"in Slurm's queue: {len(slurm.list_queued(root))} jobs, waiting or running")
 

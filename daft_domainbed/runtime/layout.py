@@ -22,6 +22,7 @@ PROVENANCE_FILE = "provenance.json"  # of a run of upstream's own loop, whose ch
 # Of an evaluation, by default in a folder of that name beside its checkpoint.
 EVALUATION_FOLDER = "evaluation"
 EVALUATION_FILE = "evaluation.json"
+JOURNAL_FILE = "journal.jsonl"  # of what it has found so far
 
 # Of a sweep.
 PLAN_FILE = "plan.json"

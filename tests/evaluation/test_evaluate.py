@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import itertools
 import json
 import random
 import subprocess
@@ -10,70 +9,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from daft_domainbed.cli import run_command
 from daft_domainbed.evaluation import evaluate as protocol
 from daft_domainbed.evaluation import subject as subjects
 from daft_domainbed.evaluation.evaluate import EvaluateArgs, evaluate
 from daft_domainbed.evaluation.outside import find_outside
 from daft_domainbed.evaluation.suites import SUITES, Suite
 from daft_domainbed.host.checkpoints import load_checkpoint
+from tests.evaluation.conftest import ENVS, run_evaluate
 from tests.processes import WarmPopen, wait_until
 
-ENVS = ["day", "dusk", "night"]
+pytestmark = pytest.mark.usefixtures("small_suites")
 KEYS = [
     *("checkpoint", "algorithm", "dataset", "test_envs", "environments", "n_examples", "seed", "suite", "clean"),
     *("worst_class", "curves", "attacks", "corruptions", "calibration", "ood", "fidelity", "flags", "skipped", "cost"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def small_suites(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Suites that ask the same questions with less patience."""
-    for name, suite in SUITES.items():
-        monkeypatch.setitem(SUITES, name, replace(suite, n_examples=4, pgd_steps=2, restarts=2))
-    monkeypatch.setattr("daft_domainbed.evaluation.tasks.SQUARE_QUERIES", 3)
-    monkeypatch.setattr("daft_domainbed.evaluation.tasks.CURVE_STEPS", 3)
-    monkeypatch.setattr("daft_domainbed.evaluation.suites._GRIDS", {"linf": [0, 0.01, 1], "l2": [0, 0.5, 50]})
-
-
-@pytest.fixture(scope="module")
-def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three domains of three classes, told apart by the brightest colour, 16 noisy pictures each."""
-    draw = np.random.default_rng(0)
-    folder = tmp_path_factory.mktemp("data") / "colours"
-    for env, name, i in itertools.product(ENVS, range(3), range(16)):
-        place = folder / env / ["blue", "green", "red"][name]
-        place.mkdir(parents=True, exist_ok=True)
-        pixels = draw.integers(0, 160, (16, 16, 3))
-        pixels[..., 2 - name] += 80
-        Image.fromarray(pixels.astype(np.uint8)).save(place / f"{i}.png")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def trained(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A student with its teacher, and another plain model; not to be written to."""
-    from daft_domainbed.arguments import TrainArgs
-    from daft_domainbed.training.engine import train
-
-    root = tmp_path_factory.mktemp("trained")
-    small = {"backbone": "resnet8_w4", "batch_size": 8, "lr": 0.01, "input_size": 16, "data_augmentation": False}
-
-    def make(name: str, algorithm: str, **hparams: Any) -> Path:
-        flags = {"dataset": f"folder:{colours}", "steps": 20, "checkpoint_freq": 20, "device": "cpu"}
-        text = json.dumps(small | hparams)
-        train(TrainArgs(algorithm=algorithm, hparams=text, output_dir=str(root / name), **flags), quiet=True)
-        return root / name / "model.pkl"
-
-    return {"erm": make("erm", "ERM"), "kd": make("kd", "KD", teacher_backbone="resnet8_w8")}
 
 
 @pytest.fixture
@@ -89,13 +44,6 @@ def judge(trained: dict[str, Path], tmp_path: Path) -> Callable[..., dict[str, A
 
 def drop_cost(model: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in model.items() if key != "cost"}
-
-
-def run_cli(capfd: pytest.CaptureFixture[str], *argv: Any) -> tuple[int, str, list[str]]:
-    capfd.readouterr()
-    status = run_command("evaluate", [*map(str, argv), "--device", "cpu"])
-    captured = capfd.readouterr()
-    return status, captured.out, captured.err.splitlines()
 
 
 # --- the contract ------------------------------------------------------------------------------------------------
@@ -340,6 +288,55 @@ def test_dishonest_models_are_told_apart(
     assert drop_cost(once) == drop_cost(again)  # a random one, too
 
 
+# --- memory ------------------------------------------------------------------------------------------------------
+
+
+def limit_memory(monkeypatch: pytest.MonkeyPatch, most: int, error: Exception) -> None:
+    """Have memory run out in every model that is shown more than so many images at a time."""
+    load = subjects.load_algorithm
+
+    def spoil(*args: Any) -> Any:
+        algorithm = load(*args)
+        predict = algorithm.predict
+
+        def check(x: Tensor) -> Tensor:
+            if len(x) > most:
+                raise error
+            logits: Tensor = predict(x)
+            return logits
+
+        algorithm.predict = check
+        return algorithm
+
+    monkeypatch.setattr(subjects, "load_algorithm", spoil)
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("[enforce fail] can't allocate memory")]
+)
+def test_a_batch_beyond_the_memory_is_taken_in_parts(
+    judge: Callable[..., dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    error: Exception,
+) -> None:
+    whole = drop_cost(judge("erm", "whole", suite="standard", n_examples=5, norm=["linf"]))
+    limit_memory(monkeypatch, 2, error)
+    assert drop_cost(judge("erm", "parts", suite="standard", n_examples=5, norm=["linf"])) == whole
+    assert "2 images at a time" in capfd.readouterr().err
+
+
+def test_no_memory_for_one_image_is_said(
+    judge: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    limit_memory(monkeypatch, 0, torch.OutOfMemoryError("CUDA out of memory."))
+    with pytest.raises(protocol.RunError, match="no memory for one image"):
+        judge("erm")
+    limit_memory(monkeypatch, 9, RuntimeError("the model's own"))
+    with pytest.raises(RuntimeError, match="own"):
+        judge("erm", "other", n_examples=16)
+
+
 # --- bad input -----------------------------------------------------------------------------------------------------
 
 
@@ -367,7 +364,7 @@ def test_bad_input_is_one_line(
     monkeypatch.setattr("builtins.__import__", hide("pyautoattack"))
     cases.append(([erm, "--suite", "full", *out], "pip install 'daft-domainbed[eval]'"))
     for argv, said in cases:
-        status, printed, errors = run_cli(capfd, *argv)
+        status, printed, errors = run_evaluate(capfd, *argv)
         assert (status, printed, len(errors)) == (2, "", 1), argv
         assert said in errors[0]
     assert not (tmp_path / "out").exists()
@@ -403,56 +400,6 @@ def test_a_changed_folder_is_refused(tiny: Any, image_folder: Path) -> None:
         evaluate(EvaluateArgs([str(run / "model.pkl")], device="cpu"))
 
 
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        lambda content: content["args"].pop("test_envs"),
-        lambda content: content["args"].update(test_envs="first"),
-        lambda content: content["args"].update(test_envs=[9]),
-        lambda content: content["args"].update(trial_seed=None),
-        lambda content: content["args"].update(holdout_fraction=7),
-        lambda content: content["args"].update(dataset=["Debug28"]),
-        lambda content: content["args"].update(dataset="Nonsense"),
-        lambda content: content["args"].update(algorithm="Nonsense"),
-        lambda content: content["args"].update(algorithm="IRM"),
-        lambda content: content["args"].update(host=3),
-        lambda content: content.update(model_num_classes=7),
-        lambda content: content.update(model_input_shape=(3, 8, 8)),
-        lambda content: content["model_dict"].popitem(),
-        lambda content: next(iter(content["model_dict"].values())).fill_(float("nan")),
-        lambda content: content["model_hparams"].pop("backbone"),
-        lambda content: content.pop("model_hparams"),
-        lambda content: content.update(provenance={"dataset": "PACS"}),
-    ],
-)
-def test_odd_checkpoints_are_refused_by_name(
-    trained: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str], spoil: Callable[[Any], Any]
-) -> None:
-    content = load_checkpoint(trained["erm"])
-    spoil(content)
-    path = tmp_path / "odd.pkl"
-    torch.save(content, path)
-    status, printed, errors = run_cli(capfd, path)
-    assert (status, printed, len(errors)) == (2, "", 1)
-    assert "odd.pkl" in errors[0]
-
-
-def test_a_checkpoint_of_years_ago_is_judged(
-    trained: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    content = load_checkpoint(trained["erm"])
-    new = {"task", "uda_holdout_fraction", "host", "device", "precision", "teachers_dir", "data_seed", "image_cache"}
-    content["args"] = {name: value for name, value in content["args"].items() if name not in new}
-    content.pop("provenance", None)
-    torch.save(content, tmp_path / "old.pkl")
-    status, printed, _ = run_cli(capfd, tmp_path / "old.pkl", "--format", "json", "--norm", "linf")
-    assert status == 0
-    printed_model = json.loads(printed)["models"][0]
-    assert json.loads(printed)["schema"] == 1
-    assert printed_model["checkpoint"] == str(tmp_path / "old.pkl")
-    assert printed_model["fidelity"] is None
-
-
 def test_the_card_says_what_the_json_says(
     judge: Callable[..., dict[str, Any]], tmp_path: Path, trained: dict[str, Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -460,7 +407,7 @@ def test_the_card_says_what_the_json_says(
     card = (tmp_path / "out/evaluation.md").read_text()
     assert f"| day (held out) | {model['clean']['day']:.1f} |" in card
     assert "AUROC" in card
-    status, printed, _ = run_cli(capfd, trained["kd"], "--suite", "standard", "--output_dir", tmp_path / "out")
+    status, printed, _ = run_evaluate(capfd, trained["kd"], "--suite", "standard", "--output_dir", tmp_path / "out")
     assert (status, printed.strip()) == (0, card.strip())
 
 

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,12 @@ from daft_domainbed.errors import UsageError
 from daft_domainbed.evaluation.suites import SUITES
 from daft_domainbed.launch.evaluations import plan_evaluations, read_evaluations, write_evaluations
 from daft_domainbed.launch.job import EvaluationJob, name_job
+from daft_domainbed.launch.sweep import show_status
 from daft_domainbed.launch.work import _find_job, do_job
+from daft_domainbed.results.formats import FORMATS
 from daft_domainbed.results.robustness import build_robustness
 from daft_domainbed.results.sweeps import read_sweep
+from daft_domainbed.results.tables import build_results
 from tests.launch.conftest import plan, run_here
 
 ASKED = {"suite": "quick", "n_examples": 2, "norm": ["linf"], "device": "cpu"}
@@ -44,6 +48,7 @@ def test_chosen_students_and_their_teachers_are_planned(root: Path) -> None:
 
 
 def test_a_job_is_an_evaluation_of_its_own_and_the_table_shows_it(root: Path) -> None:
+    before = show_results(root)
     jobs = plan_evaluations(root, ASKED)
     write_evaluations(root, jobs)
     assert read_evaluations(root) == jobs
@@ -61,8 +66,39 @@ def test_a_job_is_an_evaluation_of_its_own_and_the_table_shows_it(root: Path) ->
     assert notes == []
     # The sweep itself is what it was.
     assert not read_sweep(root).notes
+    assert show_results(root) == before
     with pytest.raises(UsageError, match="n_examples 2, not 3"):
         write_evaluations(root, plan_evaluations(root, ASKED | {"n_examples": 3}))
+
+
+def show_results(root: Path) -> dict[str, str]:
+    """The tables that have nothing to do with evaluations, in every format."""
+    results = build_results(read_sweep(root))
+    return {name: show(results) for name, show in FORMATS.items()}
+
+
+def test_a_plan_that_holds_evaluations_plans_no_runs_by_them(root: Path, tmp_path: Path) -> None:
+    plan = json.loads((root / "plan.json").read_text())
+    plan["jobs"] += [asdict(job) for job in plan_evaluations(root, ASKED)]
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    found = read_sweep(tmp_path)
+    assert found.plan is not None
+    assert len(found.plan.runs) == len(found.missing) == len(plan["jobs"]) / 2
+
+
+def test_status_counts_evaluations(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    jobs = plan_evaluations(root, ASKED)
+    moved = shutil.copytree(root, tmp_path / "sweep")
+    for job in jobs:
+        shutil.rmtree(moved / job.folder, ignore_errors=True)
+    write_evaluations(moved, jobs)
+    (moved / jobs[0].folder).mkdir()
+    (moved / jobs[0].folder / "journal.jsonl").touch()
+    show_status(moved)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith(": 12 jobs")
+    (line,) = (line for line in lines if line.startswith("KD evaluation, Debug28"))
+    assert line.split()[-4:] == ["0", "1", "2", "3"]  # done, incomplete, not launched
 
 
 def test_what_went_wrong_is_left_in_the_folder(root: Path, tmp_path: Path) -> None:
