@@ -22,8 +22,9 @@ demo: $(VENV)/run.stamp  ## the main job: train every stage on the embedded imag
 claim: $(VENV)/run.stamp  ## write docs/results.md and its figures anew from the committed records of the study
 	$(BIN)/python -m tools.claim write
 
-pages: claim  ## the same, and every table in docs/ that follows from the code
+pages: claim  ## the same, and every table in docs/ that follows from the code or from the comparisons
 	$(BIN)/python -m tools.pages write
+	$(BIN)/python -m tools.related write
 
 test: lint  ## lint, types, the whole suite with doctests and coverage; CI runs the same
 	$(PYTEST) --cov --cov-report=term

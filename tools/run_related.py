@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -67,7 +67,6 @@ def plan(groups: Sequence[Sequence[Path]], device: str) -> list[Task]:
         device: What all compute on.
     """
     tasks: dict[Path, Task] = {}
-    students: dict[tuple[Path, int, int], set[Path]] = {}
     for group, files in enumerate(groups):
         for place, file in enumerate(files):
             given = read_config(file, "launch")
@@ -81,9 +80,8 @@ def plan(groups: Sequence[Sequence[Path]], device: str) -> list[Task]:
                 key = (args.trial_seed, args.test_envs[0])
                 needs = [(root / need).resolve() for need in job.needs]
                 if job.stage == STUDENT:
-                    students.setdefault((root.resolve(), *key), set()).add((root / job.folder).resolve())
                     for store in [*named, *([PROBES] if file.parent.name == "tintem" else [])]:
-                        needs += _find_named(store.resolve(), key, students, tasks)
+                        needs += _find_named(store.resolve(), key, tasks)
                 turn = (args.test_envs[0] - args.trial_seed) % N_ENVIRONMENTS
                 order = (group, turn, args.trial_seed, place)
                 name = f"{file.parent.name}/{file.stem}"
@@ -92,11 +90,8 @@ def plan(groups: Sequence[Sequence[Path]], device: str) -> list[Task]:
     return sorted(tasks.values(), key=lambda task: task.order)
 
 
-def _find_named(
-    where: Path, key: tuple[int, int], students: dict[tuple[Path, int, int], set[Path]], tasks: dict[Path, Task]
-) -> Iterator[Path]:
+def _find_named(where: Path, key: tuple[int, int], tasks: Mapping[Path, Task]) -> Iterator[Path]:
     """Yield the runs of another sweep, or of its store of teachers, that a run may take its teacher from."""
-    yield from students.get((where, *key), ())
     for folder, task in tasks.items():
         if folder.parent == where and (task.job.args.trial_seed, task.job.args.test_envs[0]) == key:
             yield folder

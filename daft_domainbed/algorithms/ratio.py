@@ -11,7 +11,7 @@ from torch import Tensor
 
 from daft_domainbed.data.outside import OutsideStream, choose_source, is_source
 from daft_domainbed.functional.attacks import evaluating, run_pgd
-from daft_domainbed.functional.input_spec import INPUT_SPECS
+from daft_domainbed.functional.input_spec import INPUT_SPECS, InputSpec
 from daft_domainbed.functional.out_distribution import measure_uniform_divergence
 from daft_domainbed.hparams import Hparam, is_eps, number, parse_eps, pick
 
@@ -51,11 +51,16 @@ class RATIO(ERM):
     def __init__(self, input_shape: Sequence[int], num_classes: int, num_domains: int, hparams: dict[str, Any]) -> None:
         source = choose_source(hparams["ratio_outside"], input_shape)
         self_chosen = self.resolve(hparams) | {"ratio_outside": source}
-        spec = INPUT_SPECS[hparams["pixels"]]
-        outside = OutsideStream(source, input_shape, spec, torch.initial_seed())  # refuses before anything is built
+        spec, seed = INPUT_SPECS[hparams["pixels"]], torch.initial_seed()
+        outside = OutsideStream(source, input_shape, spec, seed)  # refuses before anything is built
         super().__init__(input_shape, num_classes, num_domains, hparams)
         hparams.update(self_chosen)
-        self.spec, self.outside = spec, outside
+        self.outside = outside
+
+    @property
+    def spec(self) -> InputSpec:
+        """How its images are normalised."""
+        return INPUT_SPECS[self.hparams["pixels"]]
 
     def update(
         self, minibatches: Sequence[tuple[Tensor, Tensor]], unlabeled: Sequence[Tensor] | None = None

@@ -15,6 +15,7 @@ from daft_domainbed.functional.perturbations import (
     search_distribution,
 )
 from daft_domainbed.testing import AlgorithmContract
+from daft_domainbed.training import resume
 from tests.algorithms.by_hand import draw_minibatches, is_equal, make, train
 
 EPS = 8 / 255
@@ -138,6 +139,10 @@ def test_it_neither_moves_nor_needs_the_global_random_state(family: str) -> None
             runs.append(train(algorithm, 2))
             assert torch.equal(torch.get_rng_state(), before)
     assert runs[0] == runs[1]
+
+
+def test_all_that_changes_is_saved() -> None:
+    assert resume.list_unsaved(make("ADT")) == []
 
 
 @all_families

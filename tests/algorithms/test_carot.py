@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from daft_domainbed.training import resume
+
 pytest.importorskip("open_clip")
 
 
@@ -93,6 +95,10 @@ def test_a_step_costs_a_pass_of_the_student_and_of_the_average(bench: Any, start
         carot.update(bench.draw_minibatches(step, size=2))
     # An image and a text tower each; in the first step the average is the student.
     assert sorted(counts) == ["average"] * 2 + ["student"] * 4
+
+
+def test_all_that_changes_is_saved(bench: Any, start: dict[str, str]) -> None:
+    assert resume.list_unsaved(bench.make("CaRot", **start)) == []
 
 
 def test_without_its_weights_it_is_flyp(bench: Any, start: dict[str, str]) -> None:

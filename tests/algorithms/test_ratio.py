@@ -11,6 +11,7 @@ from daft_domainbed.errors import UsageError
 from daft_domainbed.functional.attacks import run_pgd
 from daft_domainbed.functional.input_spec import INPUT_SPECS
 from daft_domainbed.functional.out_distribution import measure_uniform_divergence
+from daft_domainbed.training import resume
 from tests.algorithms.by_hand import count_images, draw_minibatches, is_equal, make, train
 
 FEW = {"ratio_steps": 2, "ratio_outside_steps": 3, "lr": 1e-2}
@@ -81,6 +82,10 @@ def test_it_neither_moves_nor_needs_the_global_random_state() -> None:
 
 def test_its_weights_are_erms() -> None:
     assert make("RATIO").state_dict().keys() == make("ERM").state_dict().keys()
+
+
+def test_all_that_changes_is_saved() -> None:
+    assert resume.list_unsaved(make("RATIO")) == []
 
 
 def test_it_can_be_copied_in_the_middle() -> None:

@@ -25,7 +25,7 @@ from daft_domainbed.training.engine import train
 pytestmark = pytest.mark.usefixtures("upstream")  # which takes back what our engine registers
 
 # What a clock says, and what only one of the two loops writes.
-APART = {"step_time", "args", "hparams", "environments", "machine", "started", "seconds", "teacher"}
+APART = {"step_time", "args", "hparams", "environments", "machine", "started", "seconds", "teacher", "teachers"}
 
 # DomainBed's script with what is ours, and without downloads: both sides start from the same random weights.
 RUNNER = """
@@ -83,6 +83,30 @@ CASES = [
         {"backbone": "resnet8_w2", "sma_start": 1},
         needs_runner=True,
     ),
+    *(
+        Case(
+            name.lower(),
+            {"dataset": "EmojiStyles", "test_envs": [3], "algorithm": name, "steps": 4, "checkpoint_freq": 3},
+            {"batch_size": 8} | hparams,
+            needs_runner=True,
+        )
+        for name, hparams in {
+            "AT": {"backbone": "resnet8_w2", "at_steps": 2},
+            "TinTeM": {
+                "backbone": "resnet8_w2",
+                "teacher_backbone": "resnet8_w4",
+                "teacher_weights": "none",
+                "teacher_input_size": 32,
+            },
+            "BMTARD": {"backbone": "resnet8_w2", "clean_teacher": "ERM", "robust_teacher": "AT", "at_steps": 2},
+            "CLIP": {"backbone": "open_clip/small"},
+            "CaRot": {"teacher": "CLIP"},
+            "FAAL": {"teacher": "AT", "at_steps": 2, "faal_awp": 0.01},
+            "OAT": {"backbone": "resnet8_w2", "at_steps": 2},
+            "RATIO": {"backbone": "resnet8_w2", "ratio_steps": 2, "ratio_outside_steps": 2},
+            "ADT": {"backbone": "resnet8_w2", "adt_steps": 2, "adt_samples": 2},
+        }.items()
+    ),
     # Each "teacher" is the checkpoint of that algorithm's `teachers` below.
     Case(
         "kd",
@@ -101,10 +125,12 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Checkpoints of both kinds on EmojiStyles, the last domain held out, as COMMON has it."""
+    """Checkpoints of each kind on EmojiStyles, the last domain held out, as COMMON has it."""
     root = tmp_path_factory.mktemp("teachers")
     paths: dict[str, str] = {}
-    for name, hparams in (("ERM", {"backbone": "resnet8_w4"}), ("AFT", {})):
+    robust, texts = {"backbone": "resnet8_w2", "at_steps": 2}, {"backbone": "open_clip/small", "batch_size": 8}
+    kinds = (("ERM", {"backbone": "resnet8_w4"}), ("AFT", {}), ("AT", robust), ("CLIP", texts))
+    for name, hparams in kinds:
         if name == "AFT":
             hparams["teacher"] = paths["ERM"]
         flags = COMMON | {"dataset": "EmojiStyles", "test_envs": [3], "algorithm": name, "steps": 2}
@@ -127,8 +153,8 @@ def test_run_is_equal(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if "teacher" in case.hparams:
-        case = replace(case, hparams=case.hparams | {"teacher": teachers[case.hparams["teacher"]]})
+    named = {name: teachers[kind] for name, kind in case.hparams.items() if name.endswith("teacher")}
+    case = replace(case, hparams=case.hparams | named)
     build = torchvision.models.resnet18
     monkeypatch.setattr(torchvision.models, "resnet18", lambda **_: build())
     check(case, clone, data_dir, tmp_path)
