@@ -1,6 +1,7 @@
 """What a pretrained student and a rich teacher cost on two cores, and what came of it: one trial of sweeps/laptop.
 
 python -m tools.laptop time RUNS [--env 3]    processor seconds of each job for one held-out style, into times.jsonl
+daft-domainbed benchmark --only pretrained_step --format json > sweeps/laptop/step.json    a step beside a bare loop
 python -m tools.laptop write                  the tables of docs/pretrained_students.md, from the committed records
 """
 
@@ -34,13 +35,12 @@ from tools.trials import measure_children, read_cache
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDY = ROOT / "sweeps" / "laptop"
-SWEEP, RECORDS, TIMES = STUDY / "sweep.yaml", STUDY / "records" / "trial_100.tar.xz", STUDY / "times.jsonl"
+SWEEP, RECORDS = STUDY / "sweep.yaml", STUDY / "records" / "trial_100.tar.xz"
+TIMES, STEP = STUDY / "times.jsonl", STUDY / "step.json"
 PAGE = ROOT / "docs" / "pretrained_students.md"
 # Plain and averaged weights, means over the held-out styles of trials 100 and 101: issue "Evidence II" has them.
 PILOT = {"ERM": (62.6, 65.2), "KD": (64.3, 66.8), "DAFT": (65.6, 67.0)}
-_TABLE = re.compile(
-    r"(?<=<!-- table (?P<name>\w+): python -m tools\.laptop write -->\n).*?(?=<!-- end of table -->)", re.DOTALL
-)
+_TABLE = re.compile(r"(<!-- table (\w+): python -m tools\.laptop write -->\n).*?(?=<!-- end of table -->)", re.DOTALL)
 
 
 def measure_times(runs: Path, env: int) -> None:
@@ -85,6 +85,17 @@ def show_times(times: Sequence[dict[str, Any]]) -> str:
         f"are told, the start of each process included."
     )
     return f"{_make_table(['job', 'steps', 'processor seconds', 'adds to the cache, MB'], rows)}\n\n{proof}"
+
+
+def show_step(content: dict[str, Any]) -> str:
+    """Return a sentence on a step of the student beside a bare loop with the same memory."""
+    (row,), machine = content["rows"], content["machine"]
+    values = [ours / bare for ours, bare in zip(row["values"]["ours"], row["values"]["bare"], strict=True)]
+    return (
+        f"A step of this student takes {row['ratio']:.2f} times a bare loop in plain torch over the same remembered "
+        f"activations (goal {row['goal']}; medians of n = {row['n']} rounds in turns, single rounds {min(values):.2f} "
+        f"to {max(values):.2f}; fp32, {machine['threads']} thread, load {row['load']}; commit {machine['commit']})."
+    )
 
 
 def show_accuracies(root: Path) -> str:
@@ -132,8 +143,9 @@ def fill_page(text: str) -> str:
         with tarfile.open(RECORDS) as tar:
             tar.extractall(folder, filter="data")
         Path(folder, TEACHERS_FOLDER).rename(Path(folder, "sweep", TEACHERS_FOLDER))
-        tables = {"times": show_times(times), "accuracies": show_accuracies(Path(folder, "sweep"))}
-    return _TABLE.sub(lambda match: f"\n{tables[match['name']]}\n\n", text)
+        step = show_step(json.loads(STEP.read_text().splitlines()[-1]))
+        tables = {"times": f"{show_times(times)}\n\n{step}", "accuracies": show_accuracies(Path(folder, "sweep"))}
+    return _TABLE.sub(lambda match: f"{match[1]}\n{tables[match[2]]}\n\n", text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
