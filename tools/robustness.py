@@ -126,8 +126,9 @@ def read_records(path: Path = RECORDS) -> list[dict[str, Any]]:
 
 def add_records(records: Sequence[Mapping[str, Any]], path: Path = RECORDS) -> None:
     """Write records after those that are there."""
+    everything = [*read_records(path), *records]
     with lzma.open(path, "wt") as file:
-        file.writelines(json.dumps(record) + "\n" for record in [*read_records(path), *records])
+        file.writelines(json.dumps(record) + "\n" for record in everything)
 
 
 # --- tables ------------------------------------------------------------------------------------------------------
