@@ -102,7 +102,7 @@ def freeze_prefix(module: nn.Module, n_stages: int, input_shape: Sequence[int]) 
     _check_cut(module, prefix, torch.linspace(0, 1, 2 * math.prod(input_shape)).view(2, *input_shape))
     for part in prefix.modules:
         freeze(part)
-    _mix_in(FrozenPrefix, module, rebuilt=(*getattr(module, "rebuilt", ()), "prefix", "prefix_memory"))
+    _mix_in(FrozenPrefix, module, rebuilt=(*getattr(module, "rebuilt", ()), "prefix", "prefix_memory", "frozen_dtype"))
     module.prefix = prefix  # type: ignore[assignment]
     module.prefix_memory = FeatureMemory(share_free_memory())  # type: ignore[assignment]
     return module
@@ -144,7 +144,7 @@ def remember(module: nn.Module, memory: FeatureMemory | FeatureStore) -> nn.Modu
     """
     freeze(module)
     if not isinstance(module, CachedFrozen):
-        _mix_in(CachedFrozen, module, rebuilt=(*getattr(module, "rebuilt", ()), "memory"))
+        _mix_in(CachedFrozen, module, rebuilt=(*getattr(module, "rebuilt", ()), "memory", "frozen_dtype"))
     module.memory = memory  # type: ignore[assignment]
     return module
 

@@ -61,9 +61,15 @@ def read(root: Path, outcome: Callable[[Path], dict[str, str]]) -> dict[str, str
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_that_was_stopped_at_every_step_ends_as_one_that_was_not(
-    tiny: Any, outcome: Any, image_folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    tiny: Any,
+    outcome: Any,
+    image_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    name: str,
 ) -> None:
     tiny.train("whole/run", **make_flags(tiny, image_folder, name, "whole"))
+    assert "cannot be saved" not in capfd.readouterr().err
     monkeypatch.setattr(engine, "SECONDS_BETWEEN_SAVES", -1.0)
     for last in (1, 3, 5):
 
