@@ -109,7 +109,7 @@ def _read_threads() -> frozenset[threading.Thread]:
     return frozenset(
         thread
         for thread in threading.enumerate()
-        if not isinstance(thread, threading._DummyThread) and not thread.name.startswith(("images_", "tqdm_"))
+        if not isinstance(thread, threading._DummyThread) and not thread.name.startswith(("images", "tqdm_"))
     )
 
 
