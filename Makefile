@@ -24,6 +24,7 @@ claim: $(VENV)/run.stamp  ## write docs/results.md and its figures anew from the
 
 pages: claim  ## the same, and every table in docs/ that follows from the code or from the comparisons
 	$(BIN)/python -m tools.pages write
+	$(BIN)/python -m tools.robustness write
 	$(BIN)/python -m tools.related write
 
 test: lint  ## lint, types, the whole suite with doctests and coverage; CI runs the same

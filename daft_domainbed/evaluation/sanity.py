@@ -11,7 +11,8 @@ from daft_domainbed.evaluation.robustness import Model, cross_entropy
 
 ZERO_GRADIENTS = 0.2  # share of examples without any gradient from which it is said
 REMAINDER = 0.1  # of the examples a model may keep at the largest budget
-BLACK_BOX = 0.01  # share of examples by which a black box has to be ahead
+BLACK_BOX = 0.01  # share of examples by which a black box has to be ahead,
+FEWEST = 5  # and the number: each attack finds one or two that the other does not
 
 
 @dataclass
@@ -75,7 +76,7 @@ def find_flags(signs: Signs) -> list[dict[str, str]]:
                 "gradients, or answers that do not depend on the image"
             )
     for norm, share in signs.black_box.items():
-        if norm in signs.white_box and share < signs.white_box[norm] - BLACK_BOX:
+        if norm in signs.white_box and share < signs.white_box[norm] - max(BLACK_BOX, (FEWEST - 0.5) / signs.n):
             flags[f"black_box_beats_white_box_{norm}"] = (
                 f"{100 * share:.1f} % withstand an attack by scores alone, {100 * signs.white_box[norm]:.1f} % one by "
                 f"gradients ({norm}): the gradients are masked"

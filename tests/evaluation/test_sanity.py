@@ -57,5 +57,7 @@ def test_each_sign_has_its_flag() -> None:
     assert name_flags(Signs(n=100, are_probabilities=True)) == ["probabilities"]
     assert name_flags(Signs(n=100, n_zero_gradients=30)) == ["masked_gradients"]
     assert name_flags(Signs(n=100, kept={"l2": 0.4})) == ["robust_at_any_budget_l2"]
+    assert name_flags(Signs(n=128, white_box={"linf": 51 / 128}, black_box={"linf": 47 / 128})) == []
+    assert name_flags(Signs(n=128, white_box={"linf": 51 / 128}, black_box={"linf": 46 / 128})) != []
     beaten = Signs(n=100, white_box={"linf": 0.6}, black_box={"linf": 0.5})
     assert name_flags(beaten) == ["black_box_beats_white_box_linf"]
