@@ -69,6 +69,7 @@ class SweepArgs(SharedArgs):
     """The arguments of a sweep: DomainBed's sweep flags, and those that every run of it shares.
 
     Attributes:
+        n_checkpoints: Evaluations of a run after its first step, from which the interval follows.
         chosen: Settings that another sweep chose, and which (`launch/rerun.py`); the students have them.
         data: `data_id` and `data_path` of the folders of images among the data sets, by name.
     """
@@ -83,6 +84,7 @@ class SweepArgs(SharedArgs):
     seed: int = 0
     single_test_envs: bool = False
     threads: int = 1
+    n_checkpoints: int | None = None
     chosen: dict[str, Any] | None = None
     data: dict[str, dict[str, str | None]] = field(default_factory=dict)
 
@@ -179,7 +181,13 @@ def is_same_data(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 def _normalise(name: str, value: Any) -> Any:
     if name == "chosen" and isinstance(value, dict):
         return value["settings"]  # the sweep that they come from may have moved
-    return parse_json(value) if name == "hparams" else value
+    return _forget_first_network(parse_json(value)) if name == "hparams" else value
+
+
+def _forget_first_network(hparams: dict[str, Any]) -> dict[str, Any]:
+    """Return hyperparameters without what a plan of before gives to a student so that it keeps its network."""
+    first = {"backbone": "default"}
+    return {name: value for name, value in hparams.items() if value != first}
 
 
 def name_dataset(dataset: str) -> str:

@@ -121,7 +121,7 @@ class ColoredDigits(ColoredMNIST):
     N_STEPS = 400
     N_WORKERS = 0
     SMALL = True
-    HPARAMS = {"batch_size": SMALL_BATCHES}
+    HPARAMS = {"batch_size": SMALL_BATCHES, "backbone": ("resnet8_w8", None)}
 
     def read_digits(self, root: str | None) -> tuple[Tensor, Tensor]:  # noqa: D102
         images, digits = load_digits()

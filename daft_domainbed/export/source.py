@@ -71,6 +71,8 @@ def read_source(path: Path, which: str = "chosen") -> Source:
     else:
         path = _find_checkpoint(path, which)
         content = load_checkpoint(path)
+    if len(content["model_input_shape"]) != 3:
+        raise UsageError(f"{path} takes no images: its input is {list(content['model_input_shape'])}")
     try:
         host = _find_its_host(content)
         return Source(path, content, host, _find_pixels(content, host))

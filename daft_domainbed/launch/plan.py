@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from hashlib import md5
@@ -16,6 +17,7 @@ from daft_domainbed.errors import UsageError
 from daft_domainbed.host.contract import DatasetFacts, Host, describe_dataset, find_host, get_algorithm_class
 from daft_domainbed.hparams import parse_json, split_hparams
 from daft_domainbed.launch.job import Job, group_by_depth
+from daft_domainbed.launch.plan_file import keep_first_network
 from daft_domainbed.methods import STUDENT, list_stages, name_stage
 from daft_domainbed.plugin.defaults import check_own_hparams, check_user_hparams, get_known_hparams
 from daft_domainbed.plugin.registration import list_sources, list_unimportable, register
@@ -24,7 +26,7 @@ from daft_domainbed.teachers.plan import list_slots_to_make, plan_teacher
 from daft_domainbed.training.prepare import Prepared, check_test_envs, choose_hparams, prepare_first_runs
 
 
-def make_plan(sweep: SweepArgs, cwd: str = "", begun: Collection[str] = ()) -> list[Job]:
+def make_plan(sweep: SweepArgs, cwd: str = "", begun: Collection[str] = (), *, is_of_before: bool = False) -> list[Job]:
     """Return all jobs of a sweep, teachers before those that need them.
 
     All algorithms, stages and hyperparameter draws of one (data set, test environments, trial) share one seed, so
@@ -34,6 +36,7 @@ def make_plan(sweep: SweepArgs, cwd: str = "", begun: Collection[str] = ()) -> l
         sweep: What is asked for.
         cwd: The folder that relative paths in hyperparameters count from, if not that of each job's process.
         begun: Folders of jobs that were planned before draws were checked, or are under way.
+        is_of_before: Whether it was begun when students had other default networks, which it then keeps.
 
     Raises:
         UsageError: An unknown name, or a hyperparameter that no algorithm of the sweep knows.
@@ -62,7 +65,7 @@ def make_plan(sweep: SweepArgs, cwd: str = "", begun: Collection[str] = ()) -> l
     for args in students:
         first.setdefault((args.dataset, args.algorithm), args)
     prepared = prepare_first_runs(first.values())
-    jobs = _Jobs(Path(sweep.output_dir), sweep.teachers_dir, cwd, begun)
+    jobs = _Jobs(Path(sweep.output_dir), sweep.teachers_dir, cwd, begun, is_of_before)
     for args in students:
         jobs.add_student(args, prepared[args.dataset, args.algorithm])
     return [job for group in group_by_depth(jobs.by_folder.values()) for job in group]
@@ -78,6 +81,15 @@ def _check_counts(sweep: SweepArgs) -> None:
                 f"--{name}_from {first} leaves none of the {what}, which end before --{name} {end}: "
                 "choose a smaller one"
             )
+
+
+def _choose_interval(sweep: SweepArgs, dataset: DatasetFacts) -> int | None:
+    """Return the updates between evaluations; DomainBed's own interval, or the one that was given, is None."""
+    if sweep.n_checkpoints is None:
+        return sweep.checkpoint_freq
+    if sweep.checkpoint_freq is not None:
+        raise UsageError("--n_checkpoints and --checkpoint_freq both say when to evaluate: give one of them")
+    return math.ceil((sweep.steps or dataset.dataset_class.N_STEPS) / sweep.n_checkpoints)
 
 
 def _list_students(
@@ -108,6 +120,7 @@ def _list_students(
                             "trial_seed": trial_seed,
                             "seed": host.misc.seed_hash(dataset.name, test_envs, trial_seed, *more_seed),
                             "test_envs": test_envs,
+                            "checkpoint_freq": _choose_interval(sweep, dataset),
                         }
                         yield TrainArgs(**common | own)
 
@@ -157,8 +170,10 @@ def list_test_envs(n_envs: int, *, single: bool) -> list[list[int]]:
 class _Jobs:
     """The jobs of a sweep by folder, each once."""
 
-    def __init__(self, root: Path, teachers_dir: str | None, cwd: str, begun: Collection[str]) -> None:
-        self.root, self.cwd, self.begun = root, cwd, begun
+    def __init__(
+        self, root: Path, teachers_dir: str | None, cwd: str, begun: Collection[str], is_of_before: bool
+    ) -> None:
+        self.root, self.cwd, self.begun, self.is_of_before = root, cwd, begun, is_of_before
         self.store = Path(teachers_dir) if teachers_dir else root / TEACHERS_FOLDER
         inside, here = self.store.resolve(), root.resolve()
         self.store_name = inside.relative_to(here).as_posix() if inside.is_relative_to(here) else str(inside)
@@ -168,6 +183,7 @@ class _Jobs:
         """Add a student's job, and those that make its teachers, as far as there is none like them."""
         folder = md5(json.dumps(get_identity(student), sort_keys=True).encode()).hexdigest()
         args = replace(student, output_dir=str(self.root / folder), teachers_dir=str(self.store))
+        args = keep_first_network(args) if self.is_of_before else args
         user, own = split_hparams(parse_json(args.hparams), args.algorithm)
         hparams = choose_hparams(shared.host, args, shared.dataset, user | own)
         complete = replace(args, steps=args.steps or shared.n_steps)

@@ -5,20 +5,23 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from daft_domainbed.arguments import SweepArgs, TrainArgs, get_defaults, get_identity, list_differences
 from daft_domainbed.errors import UsageError
 from daft_domainbed.host.contract import describe_dataset, find_host
-from daft_domainbed.hparams import parse_json
+from daft_domainbed.hparams import parse_json, split_hparams
 from daft_domainbed.launch.job import Job
+from daft_domainbed.methods import STUDENT, find_method
+from daft_domainbed.plugin.defaults import had_first_network
 from daft_domainbed.runtime.files import write_text
 from daft_domainbed.runtime.layout import PLAN_FILE, QUEUE_FILE, RECORDS_FILE
 from daft_domainbed.runtime.locks import acquire, is_claimed
 
-SCHEMA = 1
+SCHEMA = 2
+_SMALLER_STUDENTS = 2  # the schema from which on small images of one's own have the smaller student
 
 
 def _merge(old: Iterable[str], new: Iterable[str]) -> list[str]:
@@ -48,15 +51,6 @@ def write_plan(sweep: SweepArgs, jobs: list[Job]) -> None:
         _write_plan(root / PLAN_FILE, sweep, jobs)
 
 
-def check_plan(sweep: SweepArgs) -> None:
-    """Make sure that a sweep's folder holds no other sweep.
-
-    Raises:
-        UsageError: It does.
-    """
-    _read_begun(Path(sweep.output_dir) / PLAN_FILE, sweep)
-
-
 def _read_begun(path: Path, sweep: SweepArgs) -> dict[str, Any] | None:
     """Return the stored plan that a sweep grows from, or None where there is none of which anything came."""
     old = _read_plan(path)
@@ -72,7 +66,7 @@ def _write_plan(path: Path, sweep: SweepArgs, jobs: list[Job]) -> None:
     environments = name_environments(sweep)
     known = {job.folder for job in jobs}
     content = {
-        "schema": SCHEMA,
+        "schema": old["schema"] if old else SCHEMA,
         "args": args
         | ({name: merge(old["args"][name], args[name]) for name, merge in _MAY_GROW.items()} if old else {}),
         "data": (old or {}).get("data", {}) | sweep.data,
@@ -155,10 +149,38 @@ def read_jobs(root: Path) -> list[Job]:
     Raises:
         UsageError: The folder has no plan, or one that cannot be read.
     """
+    plan = _read_stored(root)
     try:
-        return [Job(**job | {"args": TrainArgs(**job["args"])}) for job in _read_stored(root)["jobs"]]
+        jobs = [Job(**job | {"args": TrainArgs(**job["args"])}) for job in plan["jobs"]]
     except TypeError as error:
         raise UsageError(f"{root / PLAN_FILE} is of another version ({error}): launch the sweep again") from error
+    if plan["schema"] >= _SMALLER_STUDENTS:
+        return jobs
+    return [replace(job, args=keep_first_network(job.args)) if job.stage == STUDENT else job for job in jobs]
+
+
+def check_plan(sweep: SweepArgs) -> bool:
+    """Make sure that a sweep's folder holds no other sweep.
+
+    Returns:
+        Whether it goes on with one that was begun when students had other default networks.
+
+    Raises:
+        UsageError: It holds another one.
+    """
+    old = _read_begun(Path(sweep.output_dir) / PLAN_FILE, sweep)
+    return old is not None and old["schema"] < _SMALLER_STUDENTS
+
+
+def keep_first_network(args: TrainArgs) -> TrainArgs:
+    """Return the arguments of a student of a sweep of before, with the network that was its default then."""
+    given = parse_json(args.hparams)
+    shared, own = split_hparams(given, args.algorithm)
+    has_network = find_method(args.algorithm).has_own_architecture
+    if not has_network or not had_first_network(args.dataset, shared | own):
+        return args
+    given[args.algorithm] = {"backbone": "default"} | own
+    return replace(args, hparams=json.dumps(given, sort_keys=True))
 
 
 def _read_stored(root: Path) -> dict[str, Any]:
@@ -174,6 +196,7 @@ def _read_plan(path: Path) -> dict[str, Any] | None:
     try:
         plan: dict[str, Any] = json.loads(path.read_text())
         plan["args"] = get_defaults(SweepArgs) | dict(plan["args"])  # an older plan lacks what came later
+        plan["schema"] = int(plan.get("schema", 1))
         plan["jobs"] = [job | {"folder": job["folder"]} for job in plan["jobs"]]
     except (ValueError, TypeError, KeyError) as error:
         raise UsageError(f"{path} is no plan of a sweep ({error}): delete it, the runs beside it are kept") from error

@@ -10,16 +10,15 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-import torch
-
-from daft_domainbed.host.contract import get_algorithm_class
+from daft_domainbed.errors import UsageError
+from daft_domainbed.host.sizes import measure_network
 from daft_domainbed.launch.job import Job
 from daft_domainbed.launch.kinds import estimate_seconds, name_kind
 from daft_domainbed.launch.states import KINDS, State
-from daft_domainbed.methods import EVALUATION, find_method
+from daft_domainbed.methods import EVALUATION, STUDENT, find_method
 from daft_domainbed.runtime.durations import format_duration
 from daft_domainbed.runtime.layout import DONE_FILE
-from daft_domainbed.runtime.randomness import preserve_states
+from daft_domainbed.runtime.sizes import compare_sizes
 from daft_domainbed.training.prepare import prepare
 
 _FAILURES_SHOWN = 10
@@ -117,17 +116,30 @@ def format_disk(root: Path, jobs: Sequence[Job], states: Mapping[str, State]) ->
 
 
 def _count_weights(job: Job) -> int | None:
-    """Return how many weights a job's model has, or None where it cannot be built without its data."""
+    """Return how many parameters a job's model has, or None where it cannot be built without its data."""
+    return _measure(job).get("parameters")
+
+
+def _measure(job: Job) -> dict[str, int]:
     try:
         run = prepare(job.args)
-        algorithms = run.host.algorithms
-        is_plain = find_method(job.args.algorithm).is_plain  # ERM's parameters, and a teacher that is not saved
-        build = algorithms.ERM if is_plain else get_algorithm_class(run.host, job.args.algorithm)
-        with torch.device("meta"), preserve_states():
-            model = build(run.dataset.input_shape, _ANY_NUMBER_OF_CLASSES, 1, run.hparams | {"weights": "none"})
-    except Exception:  # an estimate is not worth a failure
-        return None
-    return sum(weight.numel() for weight in (*model.parameters(), *model.buffers()))  # each once, unlike state_dict()
+    except (UsageError, OSError):  # its data may have moved, and an estimate is not worth a failure
+        return {}
+    shape = run.dataset.input_shape
+    return measure_network(run.host, job.args.algorithm, run.hparams, shape, _ANY_NUMBER_OF_CLASSES) if shape else {}
+
+
+def list_size_warnings(jobs: Sequence[Job]) -> list[str]:
+    """Return a line for each algorithm on a data set whose students are not smaller than their teachers."""
+    by_folder, warned = {job.folder: job for job in jobs}, {}
+    for job in jobs:
+        key = (job.args.dataset, job.args.algorithm)
+        needs = [by_folder[need] for need in job.needs if need in by_folder]
+        if job.stage != STUDENT or key in warned or not find_method(job.args.algorithm).has_own_architecture:
+            continue
+        own = _measure(job) if needs else {}
+        warned[key] = next((line for need in needs if (line := compare_sizes(key[1], own, _measure(need)))), "")
+    return [f"{dataset}: {line}" for (dataset, _), line in warned.items() if line]
 
 
 def measure_folder(folder: Path) -> int:

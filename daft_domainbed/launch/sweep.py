@@ -103,14 +103,17 @@ def launch(sweep: SweepArgs, options: Options, *, launcher: str, ask: bool, keep
         write_plan,
     )
     from daft_domainbed.launch.states import is_done
+    from daft_domainbed.launch.summary import list_size_warnings
 
     run, options = find_launcher(launcher, sweep.host), replace(options, threads=sweep.threads)
-    check_plan(sweep)
+    is_of_before = check_plan(sweep)
     root = Path(sweep.output_dir)
     # It goes on from any folder.
     places = {name: os.path.abspath(path) for name in PLACES if name != "device" and (path := getattr(sweep, name))}
     sweep = settle_data(replace(sweep, **places), read_begun_data(root))
-    jobs = make_plan(sweep, read_working_folder(root), list_planned(root))
+    jobs = make_plan(sweep, read_working_folder(root), list_planned(root), is_of_before=is_of_before)
+    for warning in list_size_warnings(jobs):
+        print(warning, file=sys.stderr)
     waiting = [job for job in jobs if not is_done(root / job.folder)]
     if ask and launcher != "dummy":
         _print_summary(root, jobs)

@@ -82,7 +82,8 @@ FOLDER: dict[str, Hparam] = {
     "input_size": Hparam(
         DEFAULT_INPUT_SIZE,
         number(8, integer=True),
-        "of `folder:` sets only: side in pixels; up to 64, DomainBed's small-image defaults apply",
+        "of `folder:` sets only: side in pixels; up to 64, DomainBed's small-image defaults apply, the student is "
+        "`resnet8_w8` and the teacher `resnet8_w32`",
     ),
 }
 
@@ -248,7 +249,7 @@ def _adapt_defaults(algorithm: str, dataset: DatasetFacts) -> dict[str, Any]:
     adapted: dict[str, Any] = {}
     if method.has_own_architecture:
         adapted["pixels"] = dataset.pixels
-        if dataset.is_folder and dataset.is_small and side not in _HOST_SIDES:  # the host has no featurizer for it
+        if dataset.is_folder and dataset.is_small:
             adapted["backbone"] = _SMALL_STUDENT
     if dataset.has_texts or side in _HOST_SIDES or (dataset.is_folder and dataset.is_small):
         network = _RANKER if dataset.has_texts else _SMALL_TEACHER
@@ -266,6 +267,17 @@ def check_input(algorithms: Iterable[str], dataset: DatasetFacts) -> None:
     for name in algorithms:
         if dataset.has_texts and find_method(name).file and name not in takers:
             raise UsageError(f"{name} takes images, and {dataset.name} has texts: choose {', '.join(takers)}")
+
+
+def had_first_network(dataset: str, user: Mapping[str, Any]) -> bool:
+    """Return whether a student had the host's own network by default before it was to be the smaller one.
+
+    Args:
+        dataset: As given to `--dataset`; it is not looked at.
+        user: What the user gave.
+    """
+    is_folder = dataset.startswith("folder:") and user.get("input_size") in _HOST_SIDES
+    return "backbone" not in user and (is_folder or dataset == "ColoredDigits")
 
 
 def refuse_engine_hparams(user: Mapping[str, Any]) -> None:

@@ -12,11 +12,11 @@ from daft_domainbed.results.draws import list_chosen, list_varying
 from daft_domainbed.results.grids import Grid, to_csv, to_latex, to_markdown, to_text
 from daft_domainbed.results.plans import order_algorithms
 from daft_domainbed.results.records import Run
-from daft_domainbed.results.sizes import format_size, read_size
 from daft_domainbed.results.sweeps import Sweep
 from daft_domainbed.results.tables import Results, Table
 from daft_domainbed.results.typesetting import NOTHING
 from daft_domainbed.runtime.durations import format_duration
+from daft_domainbed.runtime.sizes import format_size, read_size
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from daft_domainbed.errors import UsageError
 from daft_domainbed.results.charts import collect_curves, pair_up, read_held_out
 from daft_domainbed.results.comparison import FEWEST_TRIALS, compare
 from daft_domainbed.results.selection import SELECTION_WORDS
-from daft_domainbed.results.sizes import read_size
 from daft_domainbed.results.statistics import bootstrap_mean, standard_error
 from daft_domainbed.results.tables import Results, Row, Table
+from daft_domainbed.runtime.sizes import read_size
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -87,7 +87,7 @@ def _summarise_missing(results: Results) -> list[str]:
 def format_text(results: Results) -> str:
     """Return aligned columns for a terminal."""
     blocks, not_asked = [], []
-    has_best = False
+    has_best, sizes = False, ""
     printed: tuple[str, list[str]] | None = None
     for table in [*results.tables, *average_datasets(results)]:
         if not table.is_asked:
@@ -96,6 +96,9 @@ def format_text(results: Results) -> str:
         layout = lay_out(table)
         has_best |= any(entry.is_best for line in layout.lines for entry in line.entries)
         blocks.append("\n".join([layout.title, *textwrap.wrap(layout.caption, WIDTH), "", *_align(layout)]))
+        if layout.sizes and layout.sizes != sizes:
+            sizes = layout.sizes
+            blocks.append(textwrap.fill(f"Networks: {sizes}.", WIDTH, subsequent_indent="  "))
         if printed == (table.dataset, layout.footnotes):
             blocks.append("Footnotes as above.")
         elif layout.footnotes:
@@ -155,7 +158,8 @@ def format_markdown(results: Results) -> str:
         lines = [f"| {' | '.join(row)} |" for row in rows]
         footnotes = [f"{i}. {escape_markdown(note)}" for i, note in enumerate(layout.footnotes, 1)]
         title, caption = escape_markdown(layout.title), escape_markdown(layout.caption)
-        blocks += [f"### {title}", caption, "\n".join(lines), "\n".join(footnotes)]
+        sizes = f"Networks: {escape_markdown(layout.sizes)}." if layout.sizes else ""
+        blocks += [f"### {title}", caption, "\n".join(lines), "\n".join(footnotes), sizes]
     return "\n\n".join(block for block in [*blocks, *_summarise_missing(results), *not_asked] if block) + "\n"
 
 
@@ -183,6 +187,7 @@ def format_latex(results: Results) -> str:
         footnotes = [
             rf"\par\footnotesize $^{{{i}}}$ {escape_latex(note)}" for i, note in enumerate(layout.footnotes, 1)
         ]
+        footnotes += [rf"\par\footnotesize Networks: {escape_latex(layout.sizes)}."] if layout.sizes else []
         top = [r"\begin{table}", r"\centering", rf"\caption{{{caption}}}", rf"\begin{{tabular}}{{l{columns}}}"]
         body = [r"\toprule", headers + r" \\", r"\midrule", *rows, r"\bottomrule", r"\end{tabular}"]
         blocks.append("\n".join([*top, *body, *footnotes, r"\end{table}"]))

@@ -142,7 +142,7 @@ def _describe_table(table: Table, runs: _RunList, number: int) -> dict[str, Any]
         "words": words,
         "not_asked": "",
         "columns": [*table.environments, "average"],
-        "caption": layout.caption,
+        "caption": layout.caption + (f" Networks: {layout.sizes}." if layout.sizes else ""),
         "students": [row for row in rows if row["role"] == "student"],
         "teachers": [row for row in rows if row["role"] == "teacher"],
         "details": details,

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from daft_domainbed.results.selection import SELECTION_WORDS
 from daft_domainbed.results.tables import Row, Table
+from daft_domainbed.runtime.sizes import format_size, read_size
 
 NOTHING = "–"
 
@@ -27,13 +28,14 @@ class Line(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """A table ready for print: title, caption, lines of students and teachers, footnotes, all as plain text."""
+    """A table ready for print: title, caption, lines, numbered footnotes, sizes of networks, all as plain text."""
 
     table: Table
     title: str
     caption: str
     lines: list[Line]
     footnotes: list[str]
+    sizes: str
 
 
 def lay_out(table: Table) -> Layout:
@@ -46,7 +48,28 @@ def lay_out(table: Table) -> Layout:
     over = "the in-split of the held-out domain" if table.dataset != "Averages" else "held-out domains, averaged"
     spread = f"mean ± standard error, n = {table.n_trials} trials" if table.n_trials > 1 else "one trial"
     caption = f"Accuracy in percent on {over}, {spread}. Chosen: {words.rule}."
-    return Layout(table, f"{table.name}: {words.name}", table.caption or caption, lines, list(footnotes.values()))
+    return Layout(
+        table,
+        f"{table.name}: {words.name}",
+        table.caption or caption,
+        lines,
+        list(footnotes.values()),
+        _list_sizes(table),
+    )
+
+
+def _list_sizes(table: Table) -> str:
+    """Return how large students and their teachers are, those of one size together, as far as it was recorded."""
+    found: dict[str, dict[str, None]] = {}
+    for row in (row for row in table.rows if row.role == "student"):
+        for run in (number.choice.run for cell in row.cells for number in cell.numbers):
+            lots = {row.algorithm: run.first} | {
+                f"{facts.get('algorithm')} teacher": facts for facts in run.teachers.values()
+            }
+            for label, facts in lots.items():
+                if size := format_size(*read_size(facts)):
+                    found.setdefault(size, {})[label] = None
+    return "; ".join(f"{', '.join(labels)}: {size}" for size, labels in found.items())
 
 
 def _write_footnotes(table: Table) -> dict[str, str]:

@@ -21,7 +21,7 @@ from daft_domainbed.errors import RunError
 from daft_domainbed.launch.sweep import launch
 from daft_domainbed.methods import COMPARED
 from daft_domainbed.scripts.sweep import FIRST_DRAW, FIRST_TRIAL, add_launch_flags, make_options
-from daft_domainbed.scripts.train import add_shared_flags
+from daft_domainbed.scripts.train import add_n_checkpoints_flag, add_shared_flags
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -37,6 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=positive_int, help="updates; the data set's own number by default")
     parser.add_argument("--command_launcher", default="local", help="local, multi_gpu, ray, or one of your own")
     add_shared_flags(parser)
+    add_n_checkpoints_flag(parser)
     add_launch_flags(parser)
     return parser
 

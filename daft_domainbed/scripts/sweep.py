@@ -39,7 +39,7 @@ from daft_domainbed.launch.sweep import (
 )
 from daft_domainbed.methods import COMPARED
 from daft_domainbed.scripts.evaluate import add_asked_flags
-from daft_domainbed.scripts.train import add_shared_flags
+from daft_domainbed.scripts.train import add_n_checkpoints_flag, add_shared_flags
 
 if TYPE_CHECKING:
     from daft_domainbed.launch.options import Options
@@ -73,6 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=non_negative_int, help="another one makes another sweep; default: 0")
     parser.add_argument("--steps", type=positive_int, help="updates; the data set's own number by default")
     add_shared_flags(parser)
+    add_n_checkpoints_flag(parser)
     add_asked_flags(parser)
     add_launch_flags(parser)
     parser.add_argument("--command_launcher", help="local (default), multi_gpu, slurm, ray, dummy, or one of your own")

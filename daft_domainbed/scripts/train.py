@@ -83,6 +83,15 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_n_checkpoints_flag(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that sets the interval between evaluations from the steps."""
+    parser.add_argument(
+        "--n_checkpoints",
+        type=positive_int,
+        help="evaluations of a run, in the place of --checkpoint_freq; teachers keep DomainBed's interval",
+    )
+
+
 def class_names(text: str) -> list[str]:
     """Argument type: names with commas between them, in the order of the alphabet, each once."""
     names = sorted({name.strip() for name in text.split(",") if name.strip()})

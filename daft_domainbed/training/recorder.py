@@ -68,6 +68,7 @@ class Recorder:
         facts: Provenance and teachers.
         dataset: The data set, for its shapes.
         parts: All that changes with every step beside the algorithm's own: each has `state_dict`.
+        sizes: Of the run's own network, "", and of its teachers', by slot.
     """
 
     def __init__(
@@ -79,9 +80,10 @@ class Recorder:
         facts: RunFacts,
         dataset: Any,
         parts: Mapping[str, Any],
+        sizes: Mapping[str, Mapping[str, int]],
     ) -> None:
         self.run, self.folder, self.claim, self.log = run, folder, claim, log
-        self.facts, self.dataset, self.parts = facts, dataset, parts
+        self.facts, self.dataset, self.parts, self.sizes = facts, dataset, parts, sizes
         self.began = datetime.now(timezone.utc)
         self.saved_at = time.monotonic()
         self.printed_keys: list[str] | None = None
@@ -124,7 +126,10 @@ class Recorder:
                 "environments": list(self.run.dataset.environments),
                 "started": self.began.isoformat(timespec="seconds"),
                 "machine": describe_machine(self.run.device, self.run.args.precision),
-                **pack_teachers({prefix: teacher.facts for prefix, teacher in self.facts.teachers.items()}),
+                **self._name_size(""),
+                **pack_teachers(
+                    {name: teacher.facts | self._name_size(name) for name, teacher in self.facts.teachers.items()}
+                ),
             }
         if progress.step == self.run.n_steps:
             record["seconds"] = progress.seconds
@@ -140,6 +145,9 @@ class Recorder:
             file.write(line + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+    def _name_size(self, name: str) -> dict[str, Any]:
+        return {"size": dict(self.sizes[name])} if self.sizes.get(name) else {}
 
     def _print_row(self, record: Mapping[str, Any]) -> None:
         keys = sorted(record)

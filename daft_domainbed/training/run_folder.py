@@ -97,6 +97,11 @@ class Log:
         print(text, file=sys.stderr, flush=True)
         self._append("err.txt", text)
 
+    def note(self, text: str) -> None:
+        """Write what a sweep says once for all its jobs, so that a job of one says it to its files only."""
+        if text:
+            self._append("err.txt", text) if self.quiet else self.warn(text)
+
     def _append(self, name: str, text: str) -> None:
         with (self.folder / name).open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text + "\n")

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 
 from daft_domainbed import hparams, plugin
-from daft_domainbed.arguments import SweepArgs
+from daft_domainbed.arguments import SweepArgs, TrainArgs, list_differences
 from daft_domainbed.embedded.misc import seed_hash
 from daft_domainbed.errors import UsageError
 from daft_domainbed.host.contract import find_host
 from daft_domainbed.launch.job import Job
 from daft_domainbed.launch.plan import list_test_envs, make_plan
-from daft_domainbed.launch.plan_file import check_plan, read_jobs, read_sweep_args, write_plan
+from daft_domainbed.launch.plan_file import check_plan, keep_first_network, read_jobs, read_sweep_args, write_plan
+from daft_domainbed.training.prepare import prepare
 
 TINY = {"batch_size": 8, "backbone": "resnet8_w2", "teacher_backbone": "resnet8_w4"}
 
@@ -241,7 +242,7 @@ def store(sweep: SweepArgs) -> dict[str, Any]:
 
 def test_stored_plan_says_what_the_sweep_consists_of(tmp_path: Path) -> None:
     plan = store(make_sweep(tmp_path, device="cpu"))
-    assert plan["schema"] == 1
+    assert plan["schema"] == 2
     assert plan["environments"] == {"Debug28": ["0", "1", "2"]}
     assert plan["args"]["algorithms"] == ["ERM", "KD", "DAFT"]
     assert not {"output_dir", "data_dir", "teachers_dir", "image_cache", "device"} & plan["args"].keys()
@@ -326,3 +327,78 @@ def test_a_plan_of_which_nothing_came_is_replaced(tmp_path: Path) -> None:
     write_plan(sweep := make_sweep(tmp_path), make_plan(sweep))
     write_plan(sweep := make_sweep(tmp_path, steps=41), make_plan(sweep))
     assert json.loads((tmp_path / "plan.json").read_text())["args"]["steps"] == 41
+
+
+class TestSweepOfBefore:
+    """Planned when students of small images of one's own had the host's network, it goes on with that."""
+
+    @pytest.fixture
+    def begun(self, tmp_path: Path) -> SweepArgs:
+        sweep = make_sweep(tmp_path / "sweep", datasets=["ColoredDigits"], hparams='{"batch_size": 8}')
+        write_plan(sweep, make_plan(sweep))
+        path = tmp_path / "sweep" / "plan.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 1}))
+        first = next(job for job in read_jobs(tmp_path / "sweep") if job.stage == "student")
+        (tmp_path / "sweep" / first.folder).mkdir()
+        (tmp_path / "sweep" / first.folder / "results.jsonl").write_text("")
+        return sweep
+
+    def test_its_students_keep_their_network(self, begun: SweepArgs, tmp_path: Path) -> None:
+        assert check_plan(begun)
+        more = replace(begun, n_trials=2)
+        jobs = make_plan(more, is_of_before=True)
+        write_plan(more, jobs)
+        assert check_plan(more)
+        for job in read_jobs(tmp_path / "sweep"):
+            expected = "default" if job.stage == "student" else "resnet8_w32"
+            assert prepare(job.args).hparams.get("backbone", expected) == expected
+        now = make_plan(more)
+        assert [(job.folder, job.needs) for job in jobs] == [(job.folder, job.needs) for job in now]
+        assert {prepare(job.args).hparams["backbone"] for job in now if job.stage == "student"} == {"resnet8_w8"}
+        before, after = (next(job.args for job in plan if job.stage == "student") for plan in (now, jobs))
+        assert list_differences(vars(before), after) == []  # so that what was interrupted goes on
+
+    def test_what_was_never_begun_is_planned_anew(self, begun: SweepArgs, tmp_path: Path) -> None:
+        for path in (tmp_path / "sweep").glob("*/results.jsonl"):
+            path.unlink()
+        assert not check_plan(begun)
+
+    def test_a_network_that_was_given_stays(self) -> None:
+        for given in ({"backbone": "resnet18"}, {"ERM": {"backbone": "resnet18"}}):
+            args = TrainArgs("ColoredDigits", "ERM", hparams=json.dumps(given))
+            assert keep_first_network(args) == args
+        others = ("EmojiStyles", "ERM", None), ("folder:a", "ERM", '{"input_size": 48}'), ("ColoredDigits", "AFT", None)
+        for dataset, algorithm, text in others:
+            args = TrainArgs(dataset, algorithm, hparams=text)
+            assert keep_first_network(args) == args
+        folder = TrainArgs("folder:a", "ERM", hparams='{"input_size": 32}')
+        assert json.loads(keep_first_network(folder).hparams or "")["ERM"] == {"backbone": "default"}
+
+
+def test_number_of_evaluations_sets_the_interval(tmp_path: Path) -> None:
+    jobs = make_plan(make_sweep(tmp_path, n_checkpoints=3))
+    assert {job.args.checkpoint_freq for job in jobs if job.stage == "student"} == {14}  # of 40 steps: 0, 14, 28, 39
+    assert {job.args.checkpoint_freq for job in jobs if job.stage != "student"} == {None}
+    with pytest.raises(UsageError, match="--n_checkpoints and --checkpoint_freq both say when to evaluate"):
+        make_plan(make_sweep(tmp_path, n_checkpoints=3, checkpoint_freq=5))
+    own = make_plan(make_sweep(tmp_path, datasets=["EmojiStyles"], steps=None, n_checkpoints=4))
+    assert {job.args.checkpoint_freq for job in own if job.stage == "student"} == {
+        100
+    }  # of the 400 steps of the data set
+
+
+def test_small_images_of_ones_own_have_a_small_student(image_folder: Path) -> None:
+    for side, student in (
+        (16, "resnet8_w8"),
+        (28, "resnet8_w8"),
+        (32, "resnet8_w8"),
+        (64, "resnet8_w8"),
+        (65, "default"),
+    ):
+        user = json.dumps({"input_size": side, "batch_size": 4})
+        hparams = prepare(TrainArgs(f"folder:{image_folder}", "KD", hparams=user)).hparams
+        assert hparams["backbone"] == student
+        assert hparams["teacher_backbone"] == ("resnet8_w32" if side <= 64 else "resnet50")
+    assert prepare(TrainArgs("ColoredDigits", "KD")).hparams["backbone"] == "resnet8_w8"
+    for own in ("RotatedMNIST", "ColoredMNIST", "Debug28"):  # DomainBed's own are as DomainBed has them
+        assert prepare(TrainArgs(own, "KD")).hparams["backbone"] == "default"

@@ -161,3 +161,17 @@ def test_without_matplotlib_it_says_what_to_install(sweep, show: Show, monkeypat
     fill_full_sweep(sweep, trials=1)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "--figures needs matplotlib: pip install" in show("--figures", str(tmp_path), status=2)
+
+
+def test_sizes_of_networks_stand_below_the_table(sweep, show: Show) -> None:
+    size, teacher = (
+        {"parameters": 19_935, "multiply_adds": 991_456},
+        {"parameters": 309_351, "multiply_adds": 13_206_400},
+    )
+    for algorithm in ("ERM", "KD"):
+        first = {"size": size, "teacher": {"algorithm": "ERM", "path": "../t", "size": teacher}}
+        sweep.run(algorithm, [0], {10: [(0.5, 0.5)] * 3}, first=first if algorithm == "KD" else {"size": size})
+    words = "0.020 M parameters, 0.99 M multiply-adds; ERM teacher: 0.31 M parameters, 13.2 M multiply-adds."
+    assert show().count("Networks: ERM, KD: 0.020 M parameters") == 1
+    for form in ("markdown", "latex"):
+        assert f"Networks: ERM, KD: {words}" in show("--format", form)
