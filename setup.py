@@ -72,6 +72,7 @@ setup(
             "open_clip_torch>=2.30",
             "scikit-learn>=1.3",
             "matplotlib>=3.8",
+            "tensorboard>=2.14",
             "onnx>=1.16",
             "onnxruntime>=1.18",
             "onnxscript>=0.2",
@@ -82,6 +83,8 @@ setup(
         "eval": ["pyautoattack>=0.2"],
         # ONNX, for export: docs/using_a_model.md.
         "export": ["onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.2"],
+        # Programs that follow runs, for --log.
+        "log": ["tensorboard>=2.14", "wandb>=0.17"],
         # Launchers of sweeps: docs/sweeps.md.
         "slurm": ["submitit>=1.5"],
         "ray": ["ray>=2.40"],

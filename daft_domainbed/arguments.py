@@ -21,6 +21,7 @@ class SharedArgs:
         teachers_dir: The store of teachers; None is `teachers/` beside the run's folder, in a sweep's folder.
         image_cache: A folder for decoded images; None decodes each image whenever it is read.
         feature_cache: A folder for the features of frozen backbones; None keeps them for the run.
+        log: Programs that follow the run, "tensorboard" or "wandb"; its records are the same with and without.
     """
 
     task: str = "domain_generalization"
@@ -39,6 +40,7 @@ class SharedArgs:
     teachers_dir: str | None = None
     image_cache: str | None = None
     feature_cache: str | None = None
+    log: list[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class SweepArgs(SharedArgs):
 # Where a run or a sweep lies, where its data and teachers lie (what they hold is verified) and on what it runs may
 # change between two starts.
 PLACES = ("data_dir", "teachers_dir", "image_cache", "feature_cache", "device")
-MOVABLE = ("output_dir", "data_id", "data_path", "data", *PLACES)
+MOVABLE = ("output_dir", "log", "data_id", "data_path", "data", *PLACES)
 
 # The arguments that names of folders and teachers have been made of from the beginning. Later ones count only where
 # they are not at their defaults, so that what was begun before them goes on.

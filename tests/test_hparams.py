@@ -47,7 +47,7 @@ ALL = {name: hparam for algorithm in OURS for name, hparam in list_hparams(algor
 SETS = {  # the student's backbone, the ERM teacher's, what a pixel is
     "EmojiStyles": ("resnet8_w8", "resnet8_w32", "unit"),
     "EmojiStylesUnseen": ("resnet8_w8", "resnet8_w32", "unit"),
-    "ColoredDigits": ("default", "resnet8_w32", "unit"),
+    "ColoredDigits": ("resnet8_w8", "resnet8_w32", "unit"),
     "ColoredMNIST": ("default", "resnet8_w32", "unit"),
     "RotatedMNIST": ("default", "resnet8_w32", "unit"),
     "Debug28": ("default", "resnet8_w32", "none"),
@@ -63,7 +63,7 @@ SETS = {  # the student's backbone, the ERM teacher's, what a pixel is
 @pytest.fixture
 def host(monkeypatch: pytest.MonkeyPatch) -> contract.Host:
     """The embedded host, for which any folder is a data set."""
-    monkeypatch.setattr("daft_domainbed.embedded.datasets.list_domains", lambda path: ["a", "b", "c"])
+    monkeypatch.setattr("daft_domainbed.embedded.datasets.list_domains", lambda path, **kwargs: ["a", "b", "c"])
     host = contract.find_host()
     plugin.register(host)
     return host
@@ -93,9 +93,9 @@ def test_defaults_are_the_specified_ones(host: contract.Host, algorithm: str, da
         (224, "default", "resnet50"),
         (128, "default", "resnet50"),
         (65, "default", "resnet50"),
-        (64, "resnet8_w8", "resnet8_w32"),  # no default network takes this size
-        (32, "default", "resnet8_w32"),
-        (28, "default", "resnet8_w32"),
+        (64, "resnet8_w8", "resnet8_w32"),
+        (32, "resnet8_w8", "resnet8_w32"),
+        (28, "resnet8_w8", "resnet8_w32"),
         (16, "resnet8_w8", "resnet8_w32"),
     ],
 )

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from daft_domainbed.arguments import name_dataset
+from daft_domainbed.arguments import MOVABLE, name_dataset
 from daft_domainbed.export.source import Source
 from daft_domainbed.methods import PLAIN
 from daft_domainbed.results.report import write_command
 from daft_domainbed.runtime.layout import list_teachers, read_records
-
-_PLACES = ("output_dir", "data_dir", "teachers_dir", "image_cache", "feature_cache", "device")
 
 
 def format_card(source: Source, checks: Mapping[str, float]) -> str:
@@ -101,7 +99,7 @@ def _list_numbers(source: Source, records: list[dict[str, Any]], environments: l
 
 
 def _list_origin(source: Source, first: Mapping[str, Any]) -> list[str]:
-    args = {name: value for name, value in source.content["args"].items() if name not in _PLACES}
+    args = {name: value for name, value in source.content["args"].items() if name not in MOVABLE}
     args["dataset"] = name_dataset(str(args.get("dataset")))
     lines = ["## Where it comes from", "", "```sh", write_command(args), "```", ""]
     machine = first.get("machine") or {}

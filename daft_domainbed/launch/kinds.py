@@ -37,3 +37,15 @@ def estimate_seconds(left: Mapping[str, float], took: Mapping[str, Sequence[floa
     if any(not took.get(kind) for kind in kinds):
         return None
     return sum((left[kind] * sum(took[kind]) / len(took[kind]) for kind in kinds), 0.0)
+
+
+def name_cause(failure: str) -> str:
+    """Return what is the same where one cause fails many jobs.
+
+    Example:
+        >>> name_cause("its teacher teachers/ERM-0a1b failed")
+        'its teacher failed'
+        >>> name_cause("the disk is full")
+        'the disk is full'
+    """
+    return "its teacher failed" if failure.startswith("its teacher ") and failure.endswith(" failed") else failure

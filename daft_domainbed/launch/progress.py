@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
 from daft_domainbed.launch.job import Job, name_job
-from daft_domainbed.launch.kinds import estimate_seconds, name_kind
+from daft_domainbed.launch.kinds import estimate_seconds, name_cause, name_kind
 from daft_domainbed.methods import STUDENT
 from daft_domainbed.runtime.durations import format_duration
 
@@ -41,6 +41,8 @@ class SweepProgress:
         self.total, self.finished = len(jobs), n_done
         self.left: dict[str, int] = defaultdict(int)
         self.seconds: dict[str, list[float]] = defaultdict(list)
+        self.failures: Counter[str] = Counter()
+        self.has_draws = any(job.args.hparams_seed for job in jobs)
         self.began: dict[str, tuple[float, int | None]] = {}
         self.tasks: dict[str, Any] = {}
         self.bars = Progress(
@@ -59,6 +61,9 @@ class SweepProgress:
 
     def __exit__(self, *exc_info: object) -> None:
         self.bars.stop()
+        for cause, count in self.failures.items():
+            if count > 1:
+                self.console.print(Text(f"{count} jobs FAILED, all of them: {cause}"), soft_wrap=True)
 
     def plan(self, jobs: Sequence[Job]) -> None:
         """Take note of the jobs that are still to be run."""
@@ -92,6 +97,11 @@ class SweepProgress:
             self.bars.remove_task(self.tasks.pop(job.folder))
         note = self.estimate_time_left()
         self.bars.update(self.overall, completed=self.finished, note=note)
+        if failure is not None:
+            cause = name_cause(failure)
+            self.failures[cause] += 1
+            if self.failures[cause] > 1:  # said once, and counted in the end
+                return
         outcome = f"done in {format_duration(seconds)}" if failure is None else f"FAILED: {failure}"
         line = f"[{self.finished}/{self.total}] {self.describe(job)}: {outcome}" + (f"; {note}" if note else "")
         self.console.print(Text(line), soft_wrap=True)
@@ -106,5 +116,6 @@ class SweepProgress:
         names = self.environments[job.args.dataset]
         held_out = " and ".join(names[i] for i in job.args.test_envs)
         what = f"{job.args.algorithm} student" if job.stage == STUDENT else name_job(job)
-        draw = f", draw {job.args.hparams_seed}" if job.args.hparams_seed else ""
+        number = job.args.hparams_seed
+        draw = f", draw {number}" if number else ", defaults" if self.has_draws and job.stage == STUDENT else ""
         return f"{what}, {held_out} held out, trial {job.args.trial_seed}{draw}"

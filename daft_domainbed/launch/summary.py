@@ -13,7 +13,7 @@ from pathlib import Path
 from daft_domainbed.errors import UsageError
 from daft_domainbed.host.sizes import measure_network
 from daft_domainbed.launch.job import Job
-from daft_domainbed.launch.kinds import estimate_seconds, name_kind
+from daft_domainbed.launch.kinds import estimate_seconds, name_cause, name_kind
 from daft_domainbed.launch.states import KINDS, State
 from daft_domainbed.methods import EVALUATION, STUDENT, find_method
 from daft_domainbed.runtime.durations import format_duration
@@ -42,12 +42,18 @@ def format_counts(jobs: Sequence[Job], states: Mapping[str, State]) -> str:
 
 
 def format_failures(jobs: Sequence[Job], states: Mapping[str, State]) -> str:
-    """Return the first failures, a line each, those that only follow from another one last."""
+    """Return the first causes of failures, a line each, those that only follow from another one last."""
     failed = [(states[job.folder].reason, job.folder) for job in jobs if states[job.folder].kind == "failed"]
     failed.sort(key=lambda entry: entry[0].startswith("its teacher "))
-    lines = [f"failed: {folder}: {reason}" for reason, folder in failed[:_FAILURES_SHOWN]]
-    if len(failed) > _FAILURES_SHOWN:
-        lines.append(f"... and {len(failed) - _FAILURES_SHOWN} more")
+    by_cause: dict[str, list[tuple[str, str]]] = {}
+    for reason, folder in failed:
+        by_cause.setdefault(name_cause(reason), []).append((reason, folder))
+    lines = []
+    for (reason, folder), *others in list(by_cause.values())[:_FAILURES_SHOWN]:
+        more = f" and {len(others)} more" if others else ""
+        lines.append(f"failed: {folder}{more}: {reason}")
+    if len(by_cause) > _FAILURES_SHOWN:
+        lines.append(f"... and {len(by_cause) - _FAILURES_SHOWN} more causes")
     return "\n".join(lines)
 
 

@@ -40,7 +40,7 @@ def collect_sweep_args(given: dict[str, Any]) -> SweepArgs:
     if (root / PLAN_FILE).is_file():
         values = {name: value for name, value in read_sweep_args(root).items() if name in names}
         student = next(job.args for job in read_jobs(root) if job.stage == STUDENT)
-        values |= {name: getattr(student, name) for name in PLACES}
+        values |= {name: getattr(student, name) for name in (*PLACES, "log")}
         if Path(student.teachers_dir or "") == Path(student.output_dir).parent / TEACHERS_FOLDER:
             del values["teachers_dir"]  # the sweep's own, which moves with it
         values["data"] = {
@@ -163,6 +163,7 @@ def _run(
     environments: Mapping[str, Sequence[str]],
 ) -> dict[str, str] | None:
     """Run jobs on a launcher and show how they get on; return the failures, as launchers do."""
+    from daft_domainbed.launch.kinds import name_cause
     from daft_domainbed.launch.progress import SweepProgress
     from daft_domainbed.launch.states import is_done
     from daft_domainbed.runtime import stopping
@@ -175,7 +176,9 @@ def _run(
         failures = run(root, jobs, options, progress)
     if failures:
         folder, reason = next(iter(failures.items()))
-        raise RunError(f"{len(failures)} of {len(jobs)} jobs failed, the first in {root / folder}: {reason}")
+        same = sum(name_cause(other) == name_cause(reason) for other in failures.values())
+        count = f" ({same} for this cause)" if same > 1 else ""
+        raise RunError(f"{len(failures)} of {len(jobs)} jobs failed, the first in {root / folder}: {reason}{count}")
     return failures
 
 

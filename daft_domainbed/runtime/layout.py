@@ -71,6 +71,20 @@ def _parse_record(line: bytes) -> dict[str, Any]:
     return {}
 
 
+def list_numbers(record: Mapping[str, Any]) -> dict[str, float]:
+    """Return the numbers of a record by name, without its step.
+
+    Example:
+        >>> list_numbers({"step": 3, "loss": 0.5, "env0_in_acc": 1, "args": {}, "is_new": True})
+        {'loss': 0.5, 'env0_in_acc': 1}
+    """
+    return {
+        name: value
+        for name, value in record.items()
+        if name != "step" and isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+
 def list_teachers(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return what the first record of a run says about its teachers, by the prefix of their slots.
 

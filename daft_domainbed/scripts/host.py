@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UsageError(
                 "DomainBed's own --help of its train script fails (a % in one of its texts); its flags are those of "
                 "'daft-domainbed train --help' without --host, --device, --precision, --teachers_dir, --image_cache, "
-                "--feature_cache, --leave_out_classes, --cap_batch_size and --data_seed"
+                "--feature_cache, --log, --leave_out_classes, --cap_batch_size and --data_seed"
             )
         _watch_training(host, args.args)
     if args.module == SWEEP:

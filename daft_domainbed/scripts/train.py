@@ -81,6 +81,10 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--feature_cache", metavar="DIR", help="keep the features of frozen backbones, in files that jobs share"
     )
+    parser.add_argument("--log", nargs="+", choices=LOGS, help="copy the records there, too; results.jsonl stays")
+
+
+LOGS = ("tensorboard", "wandb")
 
 
 def add_n_checkpoints_flag(parser: argparse.ArgumentParser) -> None:

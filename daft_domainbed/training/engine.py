@@ -23,7 +23,6 @@ from daft_domainbed.data.views import make_views
 from daft_domainbed.embedded.image_folder import list_notes
 from daft_domainbed.errors import RunError, UsageError
 from daft_domainbed.host.contract import get_algorithm_class
-from daft_domainbed.host.sizes import measure_network
 from daft_domainbed.methods import list_slots
 from daft_domainbed.models.backbones import freeze_for_probe
 from daft_domainbed.models.frozen import share_features
@@ -31,7 +30,6 @@ from daft_domainbed.runtime import randomness, stopping
 from daft_domainbed.runtime.layout import BEST_CHECKPOINT_FILE, CHECKPOINT_FILE, DONE_FILE, RESUME_FILE
 from daft_domainbed.runtime.locks import Claim, acquire, explain_unwritable
 from daft_domainbed.runtime.machine import keep_freed_memory
-from daft_domainbed.runtime.sizes import compare_sizes
 from daft_domainbed.teachers import provenance
 from daft_domainbed.teachers.facts import RunFacts, run_in_progress
 from daft_domainbed.teachers.find import find_teachers
@@ -43,6 +41,7 @@ from daft_domainbed.training.prepare import Prepared, check_data, gather_facts, 
 from daft_domainbed.training.recorder import Progress, Recorder
 from daft_domainbed.training.run_folder import Log, read_unfinished, remove_finished_run
 from daft_domainbed.training.schedule import Schedule
+from daft_domainbed.training.sizes import measure_networks
 
 SECONDS_BETWEEN_SAVES = 60.0
 
@@ -139,8 +138,11 @@ class _Run:
         self._say_which_teachers()
         self._build_algorithm()
         self._start(saved)
-        self._loop()
-        self.recorder.finish(self.algorithm, self.progress, self.average)
+        try:
+            self._loop()
+            self.recorder.finish(self.algorithm, self.progress, self.average)
+        finally:
+            self.recorder.mirror.close()
 
     def _seed(self) -> None:
         randomness.seed_everything(self.args.seed if self.args.data_seed is None else self.args.data_seed)
@@ -231,25 +233,13 @@ class _Run:
         if self.args.feature_cache and any(value for name, value in hparams.items() if name.endswith("_frozen")):
             share_features(model, Path(self.args.feature_cache), self.log.warn)
 
-    def _measure_networks(self) -> dict[str, dict[str, int]]:
-        """Return how large the run's own network is, and by slot those of its teachers; warn if these are smaller."""
-        facts, args = self.facts, self.args
-        shape = (facts.input_shape, facts.num_classes)
-        sizes = {"": measure_network(self.host, args.algorithm, facts.hparams, *shape)}
-        for slot in list_slots(args.algorithm, self.hparams):
-            teacher = facts.teachers[slot.prefix]
-            if teacher.facts["algorithm"]:
-                sizes[slot.prefix] = measure_network(self.host, teacher.facts["algorithm"], teacher.hparams, *shape)
-                warning = "" if slot.starts else compare_sizes(args.algorithm, sizes[""], sizes[slot.prefix])
-                self.log.note(warning)
-        return sizes
-
     def _start(self, saved: dict[str, Any] | None) -> None:
         streams = [*self.train_streams, *self.uda_streams, *self.eval_streams.values()]
         parts: dict[str, Any] = {f"stream{i}": stream for i, stream in enumerate(streams)}
         parts |= {"precision": self.precision} | ({} if self.average is None else {"average": self.average})
+        sizes = measure_networks(self.facts, self.log.note)
         self.recorder = Recorder(
-            self.run, self.folder, self.claim, self.log, self.facts, self.data.dataset, parts, self._measure_networks()
+            self.run, self.folder, self.claim, self.log, self.facts, self.data.dataset, parts, sizes
         )
         if unsaved := resume.list_unsaved(self.algorithm):
             self.log.warn(

@@ -31,6 +31,7 @@ from daft_domainbed.runtime.layout import TEACHERS_FOLDER
 from daft_domainbed.runtime.machine import find_device
 from daft_domainbed.runtime.randomness import preserve_states
 from daft_domainbed.teachers.facts import RunFacts
+from daft_domainbed.training.mirror import check_logs
 from daft_domainbed.training.precision import check_precision
 
 _LARGEST_SEED = 2**32 - 1  # NumPy's
@@ -87,6 +88,7 @@ def prepare(args: TrainArgs) -> Prepared:
         raise UsageError(f"--uda_holdout_fraction is {args.uda_holdout_fraction}: it must be at least 0 and below 1")
     device = find_device(args.device)
     check_precision(args.precision, device, args.algorithm)
+    check_logs(args.log or ())
     stages = list_stages(args.algorithm, user | own)
     check_input(stages, dataset)
     check_user_hparams(host, user, stages, dataset, asked=stages)

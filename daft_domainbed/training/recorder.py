@@ -24,12 +24,14 @@ from daft_domainbed.runtime.layout import (
     RECORDS_FILE,
     RESUME_FILE,
     pack_teachers,
+    read_records,
 )
 from daft_domainbed.runtime.locks import Claim
 from daft_domainbed.runtime.machine import describe_machine
 from daft_domainbed.teachers.facts import RunFacts
 from daft_domainbed.training import resume
 from daft_domainbed.training.averaging import WeightAverage
+from daft_domainbed.training.mirror import Mirror
 from daft_domainbed.training.prepare import Prepared
 from daft_domainbed.training.run_folder import Log, format_row, keep_records
 
@@ -99,10 +101,12 @@ class Recorder:
         self.log.write("\n".join(lines))
         (self.folder / "err.txt").touch()
         self.save_resume(algorithm, progress)
+        self._start_mirror()
 
     def go_on(self, algorithm: Any, saved: Mapping[str, Any]) -> Progress:
         """Put everything back where it was when the run was interrupted."""
         keep_records(self.folder, saved)
+        self._start_mirror()
         resume.restore(algorithm, saved["algorithm"])
         for name, part in self.parts.items():
             part.load_state_dict(saved["parts"][name])
@@ -145,6 +149,13 @@ class Recorder:
             file.write(line + "\n")
             file.flush()
             os.fsync(file.fileno())
+        self.mirror.write(record)
+
+    def _start_mirror(self) -> None:
+        args = self.run.args
+        self.mirror = Mirror(
+            args.log or (), self.folder, args, self.facts.hparams, read_records(self.folder), self.log.warn
+        )
 
     def _name_size(self, name: str) -> dict[str, Any]:
         return {"size": dict(self.sizes[name])} if self.sizes.get(name) else {}

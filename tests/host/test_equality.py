@@ -25,7 +25,7 @@ from daft_domainbed.training.engine import train
 pytestmark = pytest.mark.usefixtures("upstream")  # which takes back what our engine registers
 
 # What a clock says, and what only one of the two loops writes.
-APART = {"step_time", "args", "hparams", "environments", "machine", "started", "seconds", "teacher", "teachers"}
+APART = {"step_time", "args", "hparams", "environments", "machine", "started", "seconds", "size", "teacher", "teachers"}
 
 # DomainBed's script with what is ours, and without downloads: both sides start from the same random weights.
 RUNNER = """

@@ -112,7 +112,7 @@ def test_our_algorithms_are_the_hosts(host: contract.Host) -> None:
 
 
 def test_our_draws_are_the_same_on_both_hosts(upstream: contract.Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("daft_domainbed.embedded.datasets.list_domains", lambda path: ["a", "b", "c"])
+    monkeypatch.setattr("daft_domainbed.embedded.datasets.list_domains", lambda path, **kwargs: ["a", "b", "c"])
     embedded = contract.find_host("embedded")
     plugin.register(embedded)
     plugin.register(upstream)

@@ -121,3 +121,26 @@ def test_rate_counts_from_the_first_report(
     task = progress.bars.tasks[-1]
     assert task.fields["note"] == "8.0 steps/s"  # 40 steps in 5 s
     assert (task.completed, task.total) == (90, 200)
+
+
+def test_one_cause_is_said_once_and_counted(make: Callable[..., tuple[SweepProgress, io.StringIO]]) -> None:
+    progress, text = make()
+    with progress:
+        for job in STUDENTS:
+            progress.start(job)
+            progress.end(job, "no such file: a.png", 1.0)
+        progress.start(TEACHERS[0])
+        progress.end(TEACHERS[0], "the loss is nan", 1.0)
+    lines = text.getvalue().splitlines()
+    assert [line for line in lines if "no such file" in line] == [
+        "[1/8] ERM student, noto held out, trial 0: FAILED: no such file: a.png",
+        "4 jobs FAILED, all of them: no such file: a.png",
+    ]
+    assert sum("the loss is nan" in line for line in lines) == 1
+
+
+def test_defaults_are_named_where_there_are_draws() -> None:
+    jobs = [make_job("student", "ERM", [0]), make_job("student", "ERM", [0], hparams_seed=2)]
+    progress = SweepProgress(jobs, 0, 1, ENVIRONMENTS, Console(file=io.StringIO()))
+    assert progress.describe(jobs[0]) == "ERM student, noto held out, trial 0, defaults"
+    assert progress.describe(jobs[1]) == "ERM student, noto held out, trial 0, draw 2"

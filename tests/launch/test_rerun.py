@@ -16,6 +16,7 @@ from daft_domainbed.cli import run_command
 from daft_domainbed.errors import UsageError
 from daft_domainbed.host import contract
 from daft_domainbed.hparams import parse_json
+from daft_domainbed.launch import launchers
 from daft_domainbed.launch.job import Job
 from daft_domainbed.launch.plan import make_plan
 from daft_domainbed.launch.plan_file import read_jobs, read_sweep_args, write_plan
@@ -113,8 +114,12 @@ def test_drawn_values_reach_student_and_aft_teacher_as_in_the_search(
 
 
 def test_plan_is_found_again_and_says_where_it_comes_from(
-    search: tuple[SweepArgs, list[Job]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    search: tuple[SweepArgs, list[Job]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setitem(launchers._BUILT_IN, "nobody", lambda: lambda *args: {})  # plans, and trains nothing
     sweep, jobs = search
     pretend(Path(sweep.output_dir), jobs, {("ERM", env, 0, 1): 0.9 for env in range(ENVS)})
     flags = [
@@ -125,7 +130,7 @@ def test_plan_is_found_again_and_says_where_it_comes_from(
         "--n_trials",
         "2",
     ]
-    flags += ["--command_launcher", "dummy", "--skip_confirmation"]
+    flags += ["--command_launcher", "nobody", "--skip_confirmation"]
     assert run_command("sweep", ["rerun", *flags]) == 0
     printed = capsys.readouterr().err
     assert "ERM on Debug28: draw 1 of trial 0 (validation 90.0)" in printed and "jobs are not done" in printed
@@ -138,7 +143,7 @@ def test_plan_is_found_again_and_says_where_it_comes_from(
     assert parse_json(erm.args.hparams)["ERM"] == setting["hparams"]
     assert run_command("sweep", ["rerun", *flags]) == 0
     assert [job.folder for job in read_jobs(tmp_path / "new")] == first
-    launch = ["launch", "--output_dir", str(tmp_path / "new"), "--command_launcher", "dummy", "--skip_confirmation"]
+    launch = ["launch", "--output_dir", str(tmp_path / "new"), "--command_launcher", "nobody", "--skip_confirmation"]
     assert run_command("sweep", launch) == 0
     assert [job.folder for job in read_jobs(tmp_path / "new")] == first
 

@@ -51,6 +51,7 @@ OUR_FLAGS = {
     "cap_batch_size",
     "data_id",
     "data_path",
+    "log",
 }
 EVALUATIONS = ["env0_in", "env1_in", "env2_in", "env0_out", "env1_out", "env2_out"]
 
@@ -88,7 +89,7 @@ class TestRecords:
     def test_keys_are_upstreams(self, tiny: Any, records: Records, shelf: Shelf) -> None:
         first, *middle, last = records(shelf.get())
         assert [record["step"] for record in [first, *middle, last]] == [0, 2, 4, 5]
-        assert first.keys() == UPSTREAM_KEYS | {"environments", "machine", "started"}
+        assert first.keys() == UPSTREAM_KEYS | {"environments", "machine", "started", "size"}
         assert all(record.keys() == UPSTREAM_KEYS for record in middle)
         assert last.keys() == UPSTREAM_KEYS | {"seconds"}
         assert first["args"].keys() == UPSTREAM_FLAGS | OUR_FLAGS == {field.name for field in fields(TrainArgs)}
