@@ -26,6 +26,7 @@ pages: claim  ## the same, and every table in docs/ that follows from the code o
 	$(BIN)/python -m tools.pages write
 	$(BIN)/python -m tools.robustness write
 	$(BIN)/python -m tools.related write
+	$(BIN)/python -m tools.laptop write
 
 test: lint  ## lint, types, the whole suite with doctests and coverage; CI runs the same
 	$(PYTEST) --cov --cov-report=term

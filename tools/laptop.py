@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 import tarfile
@@ -31,7 +32,7 @@ from daft_domainbed.results.tables import Table, build_results
 from daft_domainbed.runtime.layout import TEACHERS_FOLDER, read_first_record, read_last_record
 from daft_domainbed.runtime.machine import find_commit
 from daft_domainbed.scripts.sweep import read_config
-from tools.trials import measure_children, read_cache
+from tools.trials import COSTS, read_cache
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDY = ROOT / "sweeps" / "laptop"
@@ -70,6 +71,12 @@ def measure_times(runs: Path, env: int) -> None:
             print(json.dumps(entry), file=file, flush=True)
 
 
+def measure_children() -> float:
+    """Return the processor seconds of all processes that have ended below this one."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 def show_times(times: Sequence[dict[str, Any]]) -> str:
     """Return the table of processor seconds and of what each job adds to the cache."""
     rows, before = [], 0
@@ -85,6 +92,20 @@ def show_times(times: Sequence[dict[str, Any]]) -> str:
         f"are told, the start of each process included."
     )
     return f"{_make_table(['job', 'steps', 'processor seconds', 'adds to the cache, MB'], rows)}\n\n{proof}"
+
+
+def show_cache(costs: dict[str, Any]) -> str:
+    """Return a sentence on the cache of the whole sweep."""
+    entries = [entry for sweep in costs["sweeps"] for entry in sweep["cache"]]
+    parts = [
+        f"{entry['rows']:,} rows of {entry['row_bytes']:,} bytes"
+        for entry in sorted(entries, key=lambda entry: -entry["bytes"])[:2]
+    ]
+    total, dtypes = sum(entry["bytes"] for entry in entries), {entry["dtype"] for entry in entries}
+    return (
+        f"The whole sweep, four held-out styles, left {total / 1e9:.1f} GB of cache ({', '.join(sorted(dtypes))}): "
+        f"{parts[0]} of the teachers' frozen stages, {parts[1]} of the students', and the teachers' features."
+    )
 
 
 def show_step(content: dict[str, Any]) -> str:
@@ -142,9 +163,13 @@ def fill_page(text: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         with tarfile.open(RECORDS) as tar:
             tar.extractall(folder, filter="data")
+        cache = show_cache(json.loads(Path(folder, COSTS).read_text()))
         Path(folder, TEACHERS_FOLDER).rename(Path(folder, "sweep", TEACHERS_FOLDER))
         step = show_step(json.loads(STEP.read_text().splitlines()[-1]))
-        tables = {"times": f"{show_times(times)}\n\n{step}", "accuracies": show_accuracies(Path(folder, "sweep"))}
+        tables = {
+            "times": f"{show_times(times)}\n\n{cache}\n\n{step}",
+            "accuracies": show_accuracies(Path(folder, "sweep")),
+        }
     return _TABLE.sub(lambda match: f"{match[1]}\n{tables[match[2]]}\n\n", text)
 
 

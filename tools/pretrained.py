@@ -120,7 +120,7 @@ def describe(
         return show_comparisons({title: study.compare(*pair) for title, pair in keep_run(pairs).items()})
 
     arms = {title: name for name, title in ARMS.items() if name in plain.report}
-    seconds = sum(sweep["processor_seconds"] for cost in costs for sweep in cost["sweeps"])
+    seconds = sum(sweep["seconds"] for cost in costs for sweep in cost["sweeps"])
     return {
         "n_trials": len(plain.report["erm"].get_trials()) if "erm" in plain.report else 0,
         "accuracies": lambda weights: show_accuracies({t: studies[weights].report[n] for t, n in arms.items()}),
@@ -140,7 +140,7 @@ def describe(
         "unrun": sorted(planned - plain.report.keys()),
         "proof": show_proof(plain),
         "costs": show_costs(plain),
-        "processor_hours": f"{seconds / 3600:.1f}",
+        "elapsed_hours": f"{seconds / 3600:.1f}",
     }
 
 

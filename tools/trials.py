@@ -16,12 +16,12 @@ import io
 import json
 import lzma
 import os
-import resource
 import shutil
 import sqlite3
 import subprocess
 import sys
 import tarfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -53,18 +53,16 @@ def run_trial(study: Path, files: Sequence[Path], trial: int, n_jobs: int, store
     }
     costs = []
     for path, given in sweeps.items():
-        before = measure_children()
+        began = time.monotonic()
         command = [sys.executable, "-m", "daft_domainbed.scripts.sweep", "launch", "--config", str(path)]
         command += ["--n_trials", str(trial + 1), "--n_jobs", str(n_jobs), "--skip_confirmation"]
         if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
             raise RunError(f"{path}, trial {trial}: the sweep failed; give the same command again to go on")
         cache = Path(given["feature_cache"]) if "feature_cache" in given else None
-        costs.append(
-            {"sweep": path.stem, "processor_seconds": measure_children() - before, "cache": list(read_cache(cache))}
-        )
+        seconds = round(time.monotonic() - began, 1)  # of this call; an interrupted one's are lost
+        costs.append({"sweep": path.stem, "seconds": seconds, "cache": list(read_cache(cache))})
     runs = [folder for given in sweeps.values() for folder in list_runs(given, trial)]
     archive = study / "records" / f"trial_{trial}.tar.xz"
-    # What an interrupted call spent was spent before.
     texts = {COSTS: json.dumps({"load": os.getloadavg()[0], "sweeps": costs}, indent=1) + "\n"}
     if store is not None:
         command = [sys.executable, "-m", "tools.measure_teachers", str(store), "--trial", str(trial)]
@@ -77,12 +75,6 @@ def run_trial(study: Path, files: Sequence[Path], trial: int, n_jobs: int, store
         if "feature_cache" in given:
             shutil.rmtree(given["feature_cache"], ignore_errors=True)
     return archive
-
-
-def measure_children() -> float:
-    """Return the processor seconds of all processes that have ended below this one."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
 
 
 def read_cache(folder: Path | None) -> Iterator[dict[str, Any]]:

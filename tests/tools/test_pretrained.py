@@ -53,7 +53,7 @@ def test_the_section_is_what_the_records_say(runs: Path, tmp_path: Path, monkeyp
             for file in runs.glob("*/*/results.jsonl")
             if json.loads(file.read_text().splitlines()[0])["args"]["trial_seed"] == trial
         ]
-        costs = json.dumps({"sweeps": [{"processor_seconds": 600.0}]})
+        costs = json.dumps({"sweeps": [{"seconds": 600.0}]})
         lines = [
             {"kind": kind, "radius": radius, "backbone": "a", "trial": trial, **dict.fromkeys(MEASURED, value + trial)}
             for kind, radius, value in (("ERM", None, 1.0), ("AFT", 0.3, 3.0), ("AFT", 0.3, 5.0), ("AFT", 0, 1.0))
@@ -66,7 +66,7 @@ def test_the_section_is_what_the_records_say(runs: Path, tmp_path: Path, monkeyp
     assert "| DAFT | 42.0 ± 0.0 | 52.0 ± 0.0 | 47.0 ± 0.0 | 6 |" in text
     assert "| DAFT - ERM | +2.00 [+2.00, +2.00] | 0.0312 |" in text
     assert "| KD - ERM | +0.5 | +0.5 |" in text
-    assert "1.0 processor hours" in text
+    assert "the trials took 1.0 hours" in text
     assert "| ERM | 3.5 | 3.5 | 3.5 | 3.5 | 3.5 | 6 |" in text
     assert "| AFT, radius 0.3 - ERM | +3 [+3, +3] |" in text
     assert "| AFT, radius 0 - ERM | +0 [+0, +0] |" in text
