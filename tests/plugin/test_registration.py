@@ -81,7 +81,7 @@ def test_unknown_data_set_is_answered_with_the_nearest(host: contract.Host, name
 
 
 def test_folders_hyperparameters_follow_its_input_size(host: contract.Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("daft_domainbed.embedded.datasets.list_domains", lambda path: ["a", "b", "c"])
+    monkeypatch.setattr("daft_domainbed.embedded.datasets.list_domains", lambda path, **_: ["a", "b", "c"])
     defaults = get_defaults(host, "KD", "folder:x", {"input_size": 48})
     assert (defaults["lr"], defaults["backbone"], defaults["teacher_backbone"]) == (1e-3, "resnet8_w8", "resnet8_w32")
     defaults = get_defaults(host, "KD", "folder:x", {})

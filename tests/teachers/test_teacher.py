@@ -148,10 +148,12 @@ class TestWrongTeacher:
         self, tiny: Any, image_folder: Path, run_train: Callable[..., tuple[int, list[str]]]
     ) -> None:
         flags = {"algorithm": "KD", "dataset": f"folder:{image_folder}", "hparams": FOLDER_HPARAMS, "steps": 1}
-        tiny.train("first", **flags)
-        (image_folder / "a" / "x" / "new.png").write_bytes((image_folder / "a" / "x" / "0.png").read_bytes())
-        status, lines = run_train(tiny.make_argv("second", **flags))
+        run_train(tiny.make_argv("first", **flags))
         (stored,) = (tiny.root / "teachers").iterdir()
+        run_train(tiny.make_argv("other", **flags, trial_seed=1))
+        (other,) = set((tiny.root / "teachers").iterdir()) - {stored}
+        shutil.copytree(other, stored, dirs_exist_ok=True)
+        status, lines = run_train(tiny.make_argv("second", **flags))
         assert (status, len(lines)) == (2, 1)
         assert f"Delete {stored}" in lines[0]
 
@@ -714,15 +716,21 @@ class TestPlan:
         assert replace(here.args, data_dir=None) == replace(there.args, data_dir=None)
         assert here.hparams == there.hparams
 
-    @pytest.mark.parametrize("changes", [{"seed": 1}, {"dataset": "folder:/elsewhere/pictures"}, {"data_seed": 9}])
+    @pytest.mark.parametrize("changes", [{"seed": 1}, {"data_seed": 9}, {"moved": True}], ids=str)
     def test_images_of_files_are_the_same_under_every_seed_and_roof(
-        self, image_folder: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+        self, image_folder: Path, changes: dict[str, Any], tmp_path: Path
     ) -> None:
-        monkeypatch.setattr("daft_domainbed.embedded.datasets.list_domains", lambda path: ["a", "b", "c"])
-        here, there = (self.plan(**{"dataset": f"folder:{image_folder}", **flags}) for flags in ({}, changes))
+        moved = Path(shutil.copytree(image_folder, tmp_path / "elsewhere" / image_folder.name))
+        roof = moved if changes.get("moved") else image_folder
+        here = self.plan(dataset=f"folder:{image_folder}")
+        there = self.plan(dataset=f"folder:{roof}", **{key: value for key, value in changes.items() if key != "moved"})
         assert here.identity == there.identity
         assert here.args.seed == there.args.seed
         assert here.args.data_seed is there.args.data_seed is None
+
+    def test_a_folder_with_other_files_has_another_teacher(self, image_folder: Path) -> None:
+        first, second, old = (self.plan(dataset=f"folder:{image_folder}", data_id=known) for known in ("a", "b", None))
+        assert len({first.identity, second.identity, old.identity}) == 3
 
     def test_order_of_held_out_domains_does_not_matter(self) -> None:
         here, there = self.plan(test_envs=[0, 1]), self.plan(test_envs=[1, 0])
