@@ -95,6 +95,7 @@ METHODS: dict[str, Method] = {
     "OAT": Method("oat", is_plain=False),
     "RATIO": Method("ratio"),
     "ADT": Method("adt"),
+    "PIAT": Method("piat", (Slot("ERM", "natural", asked_by="piat_static"),), takes_texts=True),
 }
 
 PLAIN = "ERM"  # the host's own, which ours are mixins over

@@ -47,6 +47,7 @@ from daft_domainbed.runtime.layout import (
     read_first_record,
 )
 from daft_domainbed.teachers.teacher import freeze_all
+from tools.ranking import read_list_measures
 
 MEASURES_FILE = "measures.json"
 BATCH, ATTACKED = 256, 1024  # images at a time
@@ -74,6 +75,9 @@ def measure(folder: Path, study: str, device: str = "cpu") -> dict[str, Any]:
         study: Says what is asked: its first part is a comparison below sweeps/related.
         device: Where to compute.
     """
+    if (measures := read_list_measures(folder)) is not None:
+        write_text(folder / MEASURES_FILE, json.dumps({"study": study} | measures) + "\n")
+        return measures
     started = time.monotonic()
     path = folder / BEST_CHECKPOINT_FILE
     path = path if path.is_file() else folder / CHECKPOINT_FILE
@@ -246,6 +250,7 @@ QUESTIONS: dict[str, tuple[Question, ...]] = {
     "at": (ask_pgd, ask_attacks),
     "bmtard": (ask_pgd,),
     "faal": (ask_pgd,),
+    "piat": (ask_pgd,),
     "adt": (ask_pgd, ask_attacks),
     "oat": (ask_lambdas,),
     "ratio": (ask_outside,),

@@ -24,6 +24,7 @@ from daft_domainbed.results.comparison import FEWEST_TRIALS
 from daft_domainbed.results.statistics import bootstrap_mean, flip_signs, standard_error
 from daft_domainbed.runtime.layout import DONE_FILE, RECORDS_FILE, list_teachers, read_first_record, read_last_record
 from tools.measure_related import MEASURES_FILE
+from tools.ranking import LIST_MEASURES
 from tools.study import make_table
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -158,6 +159,26 @@ COMPARISONS = {
             for name in ("digits", "noise", "smooth")
             for radius in ("0", "0.5", "1")
         },
+    ),
+    "piat": Comparison(
+        {
+            "PIAT, kl": ("piat/kl", "PIAT"),
+            "PIAT, pairwise": ("piat/pairwise", "PIAT"),
+            "PIAT, listmle": ("piat/listmle", "PIAT"),
+            "adversarial": ("piat/adversarial", "PIAT"),
+            "natural": ("piat/natural", "ERM"),
+        },
+        LIST_MEASURES,
+    ),
+    "piat_images": Comparison(
+        {
+            "PIAT, kl": ("piat/images_kl", "PIAT"),
+            "PIAT, pairwise": ("piat/images_pairwise", "PIAT"),
+            "PIAT, listmle": ("piat/images_listmle", "PIAT"),
+            "TRADES": ("at/trades", "AT"),
+            "ERM": ("at/ce", "ERM"),
+        },
+        {"clean": CLEAN, "PGD-20": PGD},
     ),
     "adt": Comparison({"ADT": ("adt", "ADT"), "AT": ("at/ce", "AT")}, {"clean": CLEAN, "PGD-20": PGD, **ATTACKED}),
 }

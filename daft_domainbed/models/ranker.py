@@ -34,6 +34,9 @@ class ListWidth(int):
         width.n_candidates = n_candidates
         return width
 
+    def __getnewargs__(self) -> tuple[int, int]:  # type: ignore[override]  # for copies; an int's own is one number
+        return self.n_candidates, self // self.n_candidates
+
 
 class Ranker(nn.Module):
     """Soft matches of words in their contexts, counted by kernels (TK, Hofstätter et al., 2020, arXiv 2002.01854).
@@ -132,8 +135,8 @@ def find_ranker(model: Any) -> Ranker | None:
 
 
 @contextmanager
-def moving_documents(model: nn.Module, by: Tensor) -> Iterator[None]:
-    """Have a model's rankers see documents whose words' embeddings were moved, [B, C, L, width], inside the block."""
+def moving_documents(model: nn.Module, by: Tensor | None) -> Iterator[None]:
+    """Have a model's rankers see documents whose words' embeddings were moved, [B, C, L, W], inside the block."""
     rankers = [module for module in model.modules() if isinstance(module, Ranker)]
     for ranker in rankers:
         ranker.moved = by

@@ -125,7 +125,9 @@ def list_slot_hparams(slot: Slot) -> dict[str, Hparam]:
             0, number(0, integer=True), f"steps {of} in which its head alone is trained, first", is_optional=True
         ),
     }
-    return {slot.prefix + ending: hparam for ending, hparam in hparams.items()}
+    named = {slot.prefix + ending: hparam for ending, hparam in hparams.items()}
+    # What describes a slot that few ask for stands in a run's hyperparameters only where it was given.
+    return {name: replace(hparam, is_optional=True) for name, hparam in named.items()} if slot.asked_by else named
 
 
 def list_hparams(algorithm: str, user: Mapping[str, Any] | None = None) -> dict[str, Hparam]:

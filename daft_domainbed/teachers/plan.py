@@ -64,7 +64,7 @@ def plan_teacher(
         dataset: On which both are trained.
     """
     assert slot.kind and args.steps
-    named_steps = hparams[f"{slot.described_by or slot.prefix}_steps"]
+    named_steps = hparams.get(f"{slot.described_by or slot.prefix}_steps", "auto")
     steps = args.steps if named_steps == "auto" else named_steps
     defaults, known = get_default_hparams(host, slot.kind, dataset), get_known_hparams(host, slot.kind, dataset, user)
     given = {name: value for name, value in user.items() if name in known and name not in _ITS_OWN}
@@ -87,7 +87,11 @@ def _describe_network(slot: Slot, hparams: Mapping[str, Any]) -> dict[str, Any]:
     if slot.prefix.startswith(slot.passes):
         return {}  # it is handed on by the same names, and describes a model further back
     start = _find_start(slot)
-    described = {start + ending if start else name: hparams[slot.prefix + ending] for ending, name in _NETWORK.items()}
+    described = {
+        start + ending if start else name: hparams[slot.prefix + ending]
+        for ending, name in _NETWORK.items()
+        if slot.prefix + ending in hparams  # else the job's own defaults, and what the user gave of them
+    }
     lr = hparams.get(f"{slot.prefix}_lr", "auto")
     probe_steps = hparams.get(f"{slot.prefix}_probe_steps", 0)
     return described | ({} if lr == "auto" else {"lr": lr}) | ({"probe_steps": probe_steps} if probe_steps else {})

@@ -36,6 +36,7 @@ from daft_domainbed.teachers.find import find_teachers
 from daft_domainbed.training import resume
 from daft_domainbed.training.averaging import WeightAverage
 from daft_domainbed.training.faults import check_update, explain_missing_hparams
+from daft_domainbed.training.lists import ListMeasures
 from daft_domainbed.training.precision import Precision, find_drawback
 from daft_domainbed.training.prepare import Prepared, check_data, gather_facts, prepare
 from daft_domainbed.training.recorder import Progress, Recorder
@@ -226,6 +227,8 @@ class _Run:
         self.schedule = Schedule(self.hparams.get("lr_schedule", "constant"), self.run.n_steps, self.algorithm)
         start = self.hparams.get("average_start", "never")
         self.average = None if start == "never" else WeightAverage(start, self.device)
+        has_lists = self.run.dataset.has_texts and bool(args.test_envs)
+        self.lists = ListMeasures(self.data, args.test_envs, self.device) if has_lists else None
 
     def _prepare_model(self, model: Any, hparams: Mapping[str, Any]) -> None:
         self.precision.prepare(model, self.data.dataset.input_shape)
@@ -330,6 +333,8 @@ class _Run:
         record |= {name: float(np.mean(values)) for name, values in self.progress.values.items()}
         averaged = self.average.read_out(self.algorithm, self.eval_streams, self._evaluate) if self.average else {}
         record |= (plain := self._evaluate())
+        if self.lists is not None:
+            record |= self.lists.measure(self.algorithm, is_attacked=step > 0)
         if self.average is not None:
             record |= {f"averaged_{name}": value for name, value in (averaged or plain).items()}
         record["mem_gb"] = (

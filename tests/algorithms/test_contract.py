@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
+import pytest
+
 from daft_domainbed.methods import METHODS
 from daft_domainbed.testing import AlgorithmContract
 
@@ -11,3 +15,19 @@ HPARAMS = {"CLIP": {"backbone": "open_clip/small"}, "CaRot": {"teacher_backbone"
 for _name in METHODS:
     content = {"algorithm": _name, "hparams": HPARAMS.get(_name, {})}
     globals()[f"Test{_name}"] = type(f"Test{_name}", (AlgorithmContract,), content)
+
+
+@pytest.mark.slow
+class TestPIATOnTexts(AlgorithmContract):
+    """Lists of texts in the place of images; the natural ranker that static examples ask for, too."""
+
+    algorithm, dataset = "PIAT", "DocRanking"
+    hparams: ClassVar[dict[str, Any]] = {"backbone": "ranker_w4", "batch_size": 2, "piat_static": True}
+
+
+@pytest.mark.slow
+class TestPIATOnDrawings(AlgorithmContract):
+    """The classification analogue, with examples made against a natural model."""
+
+    algorithm, dataset = "PIAT", "EmojiStyles"
+    hparams: ClassVar[dict[str, Any]] = {"piat_static": True, "piat_steps": 2}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -93,6 +94,12 @@ def test_no_word_is_nothing(model: nn.Module, lists: Tensor) -> None:
     assert torch.equal(model(wide), model(lists))
     ranker = find_ranker(model)
     assert ranker is not None and not ranker.embed(torch.zeros(2, 2, dtype=torch.int64)).any()
+
+
+def test_a_copy_knows_its_candidates_too(model: nn.Module, lists: Tensor) -> None:
+    ranker: Any = copy.deepcopy(model)[0]
+    assert (ranker.n_outputs, ranker.n_outputs.n_candidates) == (80, 20)
+    assert torch.equal(copy.deepcopy(model)(lists), model(lists))
 
 
 def test_every_candidate_has_one_head() -> None:
