@@ -49,5 +49,5 @@ def scale_to_8_bits(values: np.ndarray) -> np.ndarray:
     scales = _FULL_SCALES if values.dtype.kind in "iu" else (1, *_FULL_SCALES)
     if low >= 0 and high <= scales[-1]:
         low, high = 0.0, float(next(scale for scale in scales if high <= scale))
-    scale = 255 / (high - low) if high > low else 0.0
-    return np.floor((exact - low) * scale + 0.5).astype(np.uint8)
+    width = high - low if high > low else 1.0
+    return np.floor((exact - low) * 255 / width + 0.5).astype(np.uint8)

@@ -88,7 +88,8 @@ def test_a_run_that_was_stopped_at_every_step_ends_as_one_that_was_not(
 def test_a_run_that_was_killed_ends_as_one_that_was_not(
     tiny: Any, outcome: Any, image_folder: Path, start_script: Callable[[str], WarmPopen]
 ) -> None:
-    tiny.train("whole/run", **make_flags(tiny, image_folder, "DAFT", "whole"))
+    # Both by the command, which records by which files the folder of images is known.
+    assert run_command("train", tiny.make_argv("whole/run", **make_flags(tiny, image_folder, "DAFT", "whole"))) == 0
     argv = tiny.make_argv("killed/run", **make_flags(tiny, image_folder, "DAFT", "killed"))
     code = f"""
 import os, signal, sys
