@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's (2008), which most colour-blind people can tell apart.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _INCH_A_PANEL, _HEIGHT = 1.9, 2.2
-_SETTINGS = {
+_SETTINGS: Any = {
     "font.size": 8,
     "axes.spines.top": False,
     "axes.spines.right": False,
