@@ -7,12 +7,8 @@ python -m tools.claim pack runs/claim    collect the records of finished sweeps,
 from __future__ import annotations
 
 import argparse
-import io
-import lzma
 import math
 import sys
-import tarfile
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +19,7 @@ import numpy as np
 from daft_domainbed.errors import RunError
 from daft_domainbed.results.statistics import adjust_holm
 from daft_domainbed.runtime.layout import DONE_FILE, RECORDS_FILE
+from tools.archives import open_archive, write_archive
 from tools.charts import Axis, Point, Series, draw_chart, make_axis
 from tools.pretrained import show_study
 from tools.study import (
@@ -148,14 +145,8 @@ def pack(runs: Path, archive: Path) -> int:
         raise RunError(
             f"{unfinished[0]} is not done, and {len(unfinished) - 1} more are not: go on with its sweep first"
         )
-    files = sorted([*records, *runs.glob(MEASURES)])
-    content = io.BytesIO()
-    with tarfile.open(fileobj=content, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for file in files:
-            member = tarfile.TarInfo(str(file.relative_to(runs)))
-            member.size = file.stat().st_size
-            tar.addfile(member, io.BytesIO(file.read_bytes()))
-    archive.write_bytes(lzma.compress(content.getvalue(), preset=9 | lzma.PRESET_EXTREME))
+    files = [*records, *runs.glob(MEASURES)]
+    write_archive({str(file.relative_to(runs)): file.read_bytes() for file in files}, archive)
     return len(files)
 
 
@@ -222,10 +213,8 @@ def write(archive: Path, page: Path, figures: Path) -> None:
     Raises:
         RunError: Records of the study of pretrained students prove nothing; see `tools.proof`.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        with tarfile.open(archive) as tar:
-            tar.extractall(folder, filter="data")
-        study = Study(Path(folder))
+    with open_archive(archive) as folder:
+        study = Study(folder)
     loader = jinja2.FileSystemLoader(STUDY)
     environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     page.write_text(

@@ -14,8 +14,6 @@ import re
 import resource
 import subprocess
 import sys
-import tarfile
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +30,7 @@ from daft_domainbed.results.tables import Table, build_results
 from daft_domainbed.runtime.layout import TEACHERS_FOLDER, read_first_record, read_last_record
 from daft_domainbed.runtime.machine import find_commit
 from daft_domainbed.scripts.sweep import read_config
+from tools.archives import open_archive
 from tools.trials import COSTS, read_cache
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -160,15 +159,13 @@ def _make_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def fill_page(text: str) -> str:
     """Return the page with its tables made anew."""
     times = [json.loads(line) for line in TIMES.read_text().splitlines()]
-    with tempfile.TemporaryDirectory() as folder:
-        with tarfile.open(RECORDS) as tar:
-            tar.extractall(folder, filter="data")
-        cache = show_cache(json.loads(Path(folder, COSTS).read_text()))
-        Path(folder, TEACHERS_FOLDER).rename(Path(folder, "sweep", TEACHERS_FOLDER))
+    with open_archive(RECORDS) as folder:
+        cache = show_cache(json.loads((folder / COSTS).read_text()))
+        (folder / TEACHERS_FOLDER).rename(folder / "sweep" / TEACHERS_FOLDER)
         step = show_step(json.loads(STEP.read_text().splitlines()[-1]))
         tables = {
             "times": f"{show_times(times)}\n\n{cache}\n\n{step}",
-            "accuracies": show_accuracies(Path(folder, "sweep")),
+            "accuracies": show_accuracies(folder / "sweep"),
         }
     return _TABLE.sub(lambda match: f"{match[1]}\n{tables[match[2]]}\n\n", text)
 

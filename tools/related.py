@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tarfile
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,6 +22,7 @@ import jinja2
 from daft_domainbed.results.comparison import FEWEST_TRIALS
 from daft_domainbed.results.statistics import bootstrap_mean, flip_signs, standard_error
 from daft_domainbed.runtime.layout import DONE_FILE, RECORDS_FILE, list_teachers, read_first_record, read_last_record
+from tools.archives import open_archive, write_archive
 from tools.measure_related import MEASURES_FILE
 from tools.ranking import LIST_MEASURES
 from tools.study import make_table
@@ -285,23 +285,15 @@ def _show_gain(gains: Sequence[float]) -> list[str]:
 
 def pack(runs: Path, archive: Path) -> int:
     """Write the records of finished and measured runs into an archive, the same bytes for the same records."""
-    folders = sorted(path.parent for path in runs.rglob(MEASURES_FILE) if (path.parent / DONE_FILE).is_file())
-    with tarfile.open(archive, "w:xz") as tar:
-        for folder in folders:
-            for name in (RECORDS_FILE, MEASURES_FILE, DONE_FILE):
-                info = tarfile.TarInfo((folder / name).relative_to(runs).as_posix())
-                info.size = (folder / name).stat().st_size
-                with (folder / name).open("rb") as file:
-                    tar.addfile(info, file)
+    folders = [path.parent for path in runs.rglob(MEASURES_FILE) if (path.parent / DONE_FILE).is_file()]
+    files = [folder / name for folder in folders for name in (RECORDS_FILE, MEASURES_FILE, DONE_FILE)]
+    write_archive({file.relative_to(runs).as_posix(): file.read_bytes() for file in files}, archive)
     return len(folders)
 
 
 def render(archive: Path) -> str:
     """Return the page that an archive's records make; with none, the page that says so."""
-    with tempfile.TemporaryDirectory() as folder:
-        if archive.is_file():
-            with tarfile.open(archive) as tar:
-                tar.extractall(folder, filter="data")
+    with open_archive(archive) if archive.is_file() else tempfile.TemporaryDirectory() as folder:
         study = Study(Path(folder))
     loader = jinja2.FileSystemLoader(STUDY)
     environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)

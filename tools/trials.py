@@ -12,15 +12,12 @@ before a trial (`n_trials`) has no part in it.
 from __future__ import annotations
 
 import argparse
-import io
 import json
-import lzma
 import os
 import shutil
 import sqlite3
 import subprocess
 import sys
-import tarfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
@@ -30,6 +27,7 @@ from typing import Any
 from daft_domainbed.errors import RunError
 from daft_domainbed.runtime.layout import DONE_FILE, RECORDS_FILE, TEACHERS_FOLDER, read_first_record
 from daft_domainbed.scripts.sweep import read_config
+from tools.archives import write_archive
 
 COSTS, MEASURES = "costs.json", "teachers.jsonl"
 
@@ -113,14 +111,7 @@ def pack(folders: Sequence[Path], texts: Mapping[str, str], archive: Path) -> No
     files = {f"{folder.parent.name}/{folder.name}/{RECORDS_FILE}": folder / RECORDS_FILE for folder in folders}
     contents = {name: path.read_bytes() for name, path in files.items()}
     contents |= {name: text.encode() for name, text in texts.items()}
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for name, content in sorted(contents.items()):
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    archive.parent.mkdir(parents=True, exist_ok=True)
-    archive.write_bytes(lzma.compress(buffer.getvalue(), preset=9 | lzma.PRESET_EXTREME))
+    write_archive(contents, archive)
 
 
 def commit(archive: Path, trial: int) -> None:
