@@ -1,6 +1,6 @@
 """Build DocRanking's texts from the documentation of installed packages, byte for byte as committed.
 
-    python -m tools.build_documents           write daft_domainbed/embedded/data/documents.json
+    python -m tools.build_documents           write daft_domainbed/embedded/data/documents.json.xz
     python -m tools.build_documents --check   compare with what is committed instead of writing
 
 Needs the versions that VERSIONS names. A pair is the summary line of a docstring and the text below it, without the
@@ -15,6 +15,7 @@ import hashlib
 import importlib
 import inspect
 import json
+import lzma
 import pkgutil
 import platform
 import sys
@@ -29,7 +30,7 @@ import numpy as np
 
 from daft_domainbed.embedded.documents import N_CANDIDATES, N_WORDS, list_words
 
-FILE = Path(__file__).resolve().parents[1] / "daft_domainbed" / "embedded" / "data" / "documents.json"
+FILE = Path(__file__).resolve().parents[1] / "daft_domainbed" / "embedded" / "data" / "documents.json.xz"
 VERSIONS = {"python": "3.11.7", "numpy": "2.4.6", "scipy": "1.17.1", "sklearn": "1.9.1"}
 MOST_PAIRS = 520
 FEWEST_WORDS = 16  # of a document
@@ -189,8 +190,8 @@ def main() -> int:
     check_versions()
     text = build()
     if not args.check:
-        FILE.write_text(text, encoding="utf-8")
-    elif not FILE.is_file() or FILE.read_text(encoding="utf-8") != text:
+        FILE.write_bytes(lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME))
+    elif not FILE.is_file() or lzma.decompress(FILE.read_bytes()).decode() != text:
         print(f"build_documents: {FILE.name} is built otherwise than committed.", file=sys.stderr)
         return 1
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 import re
 import zlib
 from collections.abc import Collection
@@ -93,8 +94,8 @@ def load_package(name: str) -> ListsDomain:
 
 @cache
 def _read_pairs() -> dict[str, list[dict[str, Any]]]:
-    text = files("daft_domainbed.embedded.data").joinpath("documents.json").read_text("utf-8")
-    packages: dict[str, list[dict[str, Any]]] = json.loads(text)["packages"]
+    content = lzma.decompress(files("daft_domainbed.embedded.data").joinpath("documents.json.xz").read_bytes())
+    packages: dict[str, list[dict[str, Any]]] = json.loads(content)["packages"]
     return packages
 
 

@@ -223,8 +223,8 @@ def test_every_source_is_credited() -> None:
 
 def test_files_are_small_and_the_index_names_nothing_else() -> None:
     sizes = {file.name: len(file.read_bytes()) for file in DATA.iterdir() if file.name != "__pycache__"}
-    assert max(sizes.values()) < 1.25 * 2**20
-    assert sum(sizes.values()) < 4e6
+    assert max(sizes.values()) < 2**20
+    assert sum(sizes.values()) < 3e6
     index = json.loads(DATA.joinpath("index.json").read_text("utf-8"))
     assert list(index["code_points"]) == list(EMOJI_CLASSES)
     assert list(index["absent"]) == list(EMOJI_STYLES)
