@@ -67,11 +67,22 @@ class Tiny:
         return self.train(folder or algorithm, backbone, algorithm=algorithm, **flags) / "model.pkl"
 
 
+class Stopped(BaseException):
+    """Stands for a kill: nothing in the package catches it."""
+
+
+def stop_after(last: int | None) -> Callable[[int, int], None]:
+    """Return what stops a run once it has taken so many steps; None lets it end."""
+
+    def on_step(step: int, n_steps: int) -> None:
+        if step == last:
+            raise Stopped
+
+    return on_step
+
+
 class Shelf:
     """Runs as `Tiny` trains them, each trained once and never written to: whole, or stopped after some steps."""
-
-    class Stopped(BaseException):
-        """Stands for a kill: nothing in the package catches it."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -79,16 +90,11 @@ class Shelf:
 
     def get_root(self, hparams: dict[str, Any] | None = None, stop_at: int | None = None, **flags: Any) -> Path:
         """Return the folder that the run `run` and its teachers are in."""
-
-        def on_step(step: int, n_steps: int) -> None:
-            if step == stop_at:
-                raise self.Stopped
-
         key = repr((hparams, stop_at, sorted(flags.items())))
         if key not in self.roots:
             self.roots[key] = self.root / str(len(self.roots))
-            with preserving(), suppress(self.Stopped):
-                Tiny(self.roots[key]).train("run", hparams, on_step=on_step, **flags)
+            with preserving(), suppress(Stopped):
+                Tiny(self.roots[key]).train("run", hparams, on_step=stop_after(stop_at), **flags)
         return self.roots[key]
 
     def get(self, *args: Any, **flags: Any) -> Path:
@@ -306,3 +312,19 @@ def start_script(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
     for process in started:
         process.kill()
         process.wait()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of its own, of a megabyte."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    try:
+        mounted = subprocess.run(command, capture_output=True).returncode == 0
+    except OSError:
+        mounted = False
+    if not mounted:
+        pytest.skip("a disk of its own can only be mounted by root")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)

@@ -11,6 +11,7 @@ import pytest
 
 from daft_domainbed.host import contract
 from daft_domainbed.training import resume
+from tests.conftest import Stopped, stop_after
 
 pytestmark = pytest.mark.usefixtures("upstream")
 
@@ -30,18 +31,6 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
-class Stopped(BaseException):
-    """Stands for a kill: nothing in the package catches it."""
-
-
-def stop_at(last: int) -> Callable[[int, int], None]:
-    def on_step(step: int, n_steps: int) -> None:
-        if step == last:
-            raise Stopped
-
-    return on_step
-
-
 @pytest.mark.parametrize("algorithm", RUNS)
 def test_interrupted_run_ends_as_a_whole_one(
     tiny: Any, outcome: Callable[[Path], dict[str, Any]], algorithm: str
@@ -50,7 +39,7 @@ def test_interrupted_run_ends_as_a_whole_one(
     tiny.train("whole/run", **flags)
     for step in (2, 4, 6):  # each time all since the last checkpoint is lost
         with pytest.raises(Stopped):
-            tiny.train("stopped/run", on_step=stop_at(step), **flags)
+            tiny.train("stopped/run", on_step=stop_after(step), **flags)
     tiny.train("stopped/run", **flags)
     assert outcome(tiny.root / "stopped") == outcome(tiny.root / "whole")
     steps = [json.loads(line)["step"] for line in (tiny.root / "whole/run/results.jsonl").read_text().splitlines()]

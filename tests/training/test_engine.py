@@ -4,10 +4,9 @@ import errno
 import json
 import os
 import signal
-import subprocess
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import fields
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -567,21 +566,6 @@ class TestFailures:
             fails_at += 1
         assert fails_at > 10
         assert outcome(tiny.root / "disturbed") == whole
-
-    @pytest.fixture
-    def small_disk(self, tmp_path: Path) -> Iterator[Path]:
-        """A disk of its own, of a megabyte."""
-        disk = tmp_path / "disk"
-        disk.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
-        try:
-            mounted = subprocess.run(command, capture_output=True).returncode == 0
-        except OSError:
-            mounted = False
-        if not mounted:
-            pytest.skip("a disk of its own can only be mounted by root")
-        yield disk
-        subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
     @pytest.mark.parametrize("room", [2_000, 40_000, 90_000, 150_000, 230_000])
     def test_a_disk_that_is_full_indeed(

@@ -20,6 +20,7 @@ from daft_domainbed.results.selection import choose
 from daft_domainbed.results.sweeps import read_sweep
 from daft_domainbed.training import engine
 from daft_domainbed.training.precision import find_drawback
+from tests.conftest import Stopped, stop_after
 from tests.processes import WarmPopen
 
 PAGE = Path(__file__).parents[2] / "docs" / "pretrained_students.md"
@@ -46,10 +47,6 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
-class Stopped(BaseException):
-    """Stands for a kill: nothing in the package catches it."""
-
-
 def make_flags(tiny: Any, images: Path, name: str, folder: str) -> dict[str, Any]:
     return {"dataset": f"folder:{images}", "feature_cache": str(tiny.root / folder / "features"), **RUNS[name]}
 
@@ -72,13 +69,8 @@ def test_a_run_that_was_stopped_at_every_step_ends_as_one_that_was_not(
     assert "cannot be saved" not in capfd.readouterr().err
     monkeypatch.setattr(engine, "SECONDS_BETWEEN_SAVES", -1.0)
     for last in (1, 3, 5):
-
-        def stop(step: int, n_steps: int, last: int = last) -> None:
-            if step == last:
-                raise Stopped
-
         with pytest.raises(Stopped):
-            tiny.train("stopped/run", on_step=stop, **make_flags(tiny, image_folder, name, "stopped"))
+            tiny.train("stopped/run", on_step=stop_after(last), **make_flags(tiny, image_folder, name, "stopped"))
     run = tiny.train("stopped/run", **make_flags(tiny, image_folder, name, "stopped"))
     assert list((run.parent / "features").glob("*.sqlite"))
     assert (run / "model_averaged.pkl").is_file()

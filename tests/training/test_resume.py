@@ -24,7 +24,7 @@ from daft_domainbed.host import contract
 from daft_domainbed.models import weights
 from daft_domainbed.teachers.teacher import Teacher
 from daft_domainbed.training import engine, resume
-from tests.conftest import Shelf
+from tests.conftest import Shelf, Stopped, stop_after
 from tests.processes import WarmPopen, run_warm, wait_until
 
 Outcome = Callable[[Path], dict[str, str]]
@@ -47,18 +47,6 @@ RUNS: dict[str, dict[str, Any]] = {
 LONG = (pytest.mark.long, pytest.mark.slow)
 
 
-class Stopped(BaseException):
-    """Stands for a kill: nothing in the package catches it."""
-
-
-def stop_at(last: int) -> Callable[[int, int], None]:
-    def on_step(step: int, n_steps: int) -> None:
-        if step == last:
-            raise Stopped
-
-    return on_step
-
-
 class TestStops:
     @pytest.mark.parametrize(
         ("name", "saves"),
@@ -74,7 +62,7 @@ class TestStops:
             monkeypatch.setattr(engine, "SECONDS_BETWEEN_SAVES", -1.0)
         for step in range(1, 7):
             with pytest.raises(Stopped):
-                tiny.train("stopped/run", on_step=stop_at(step), **RUNS[name])
+                tiny.train("stopped/run", on_step=stop_after(step), **RUNS[name])
         tiny.train("stopped/run", **RUNS[name])
         assert outcome(tiny.root / "stopped") == whole
 
@@ -86,7 +74,7 @@ class TestStops:
         tiny.train("undisturbed/run", **flags)
         for step in (1, 2, 3, 5):
             with pytest.raises(Stopped):
-                tiny.train("stopped/run", on_step=stop_at(step), **flags)
+                tiny.train("stopped/run", on_step=stop_after(step), **flags)
         tiny.train("stopped/run", **flags)
         assert outcome(tiny.root / "stopped") == outcome(tiny.root / "undisturbed")
 
@@ -222,7 +210,7 @@ class TestRecords:
 class TestWhatHasChanged:
     def test_the_folder_may_have_moved(self, tiny: Any, outcome: Outcome, shelf: Shelf) -> None:
         with pytest.raises(Stopped):
-            tiny.train("stopped/run", on_step=stop_at(3))
+            tiny.train("stopped/run", on_step=stop_after(3))
         shutil.move(tiny.root / "stopped", tiny.root / "moved")
         tiny.train("moved/run")
         assert outcome(tiny.root / "moved") == shelf.read()
@@ -230,7 +218,7 @@ class TestWhatHasChanged:
     def test_the_data_may_not_change(self, tiny: Any, image_folder: Path) -> None:
         flags = {"dataset": f"folder:{image_folder}", "hparams": FOLDER_HPARAMS}
         with pytest.raises(Stopped):
-            tiny.train(on_step=stop_at(3), **flags)
+            tiny.train(on_step=stop_after(3), **flags)
         picture = image_folder / "c" / "x" / "2.png"
         whole = picture.read_bytes()
         picture.write_bytes(whole + b"more")
@@ -242,7 +230,7 @@ class TestWhatHasChanged:
     def test_the_images_may_have_moved(self, tiny: Any, image_folder: Path) -> None:
         flags = {"hparams": FOLDER_HPARAMS}
         with pytest.raises(Stopped):
-            tiny.train(on_step=stop_at(3), dataset=f"folder:{image_folder}", **flags)
+            tiny.train(on_step=stop_after(3), dataset=f"folder:{image_folder}", **flags)
         moved = tiny.root / "elsewhere" / image_folder.name
         shutil.move(image_folder, moved)
         assert (tiny.train(dataset=f"folder:{moved}", **flags) / "done").is_file()
@@ -253,7 +241,7 @@ class TestWhatHasChanged:
         shutil.copytree(teachers["ERM"].parent, store / "one")
         flags = {"algorithm": "KD", "hparams": {"teacher": str(store)}}
         with pytest.raises(Stopped):
-            tiny.train(on_step=stop_at(3), **flags)
+            tiny.train(on_step=stop_after(3), **flags)
         better = tiny.make_teacher("ERM", "store/better", hparams_seed=2)
         lines = (better.parent / "results.jsonl").read_text().splitlines()
         lines[-1] = json.dumps(json.loads(lines[-1]) | {"env1_out_acc": 1.0, "env2_out_acc": 1.0})
