@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from daft_domainbed.errors import UsageError
-from daft_domainbed.functional.attacks import run_pgd
+from daft_domainbed.functional.attacks import evaluating, run_pgd
 from daft_domainbed.functional.losses import mix_targets, soft_cross_entropy, worst_case_linear_loss
 from daft_domainbed.hparams import Hparam, is_eps, number, one_of, or_auto, or_word, parse_eps, pick
 from daft_domainbed.models.backbones import freeze_backbone
@@ -114,12 +114,7 @@ class AFT(ERM):
         # The architecture is the teacher's; every weight comes from it, so none has to be downloaded.
         architecture = teacher.get_architecture()
         super().__init__(input_shape, num_classes, num_domains, {**hparams, **architecture, "weights": "none"})
-        try:
-            self.network.load_state_dict(teacher.model.network.state_dict())
-        except (AttributeError, RuntimeError) as error:
-            raise UsageError(
-                f"{teacher.path} has no featurizer and head as ERM has: fine-tune an ERM checkpoint"
-            ) from error
+        teacher.copy_weights_to(self.network, "ERM", "fine-tune an ERM checkpoint")
         hparams.update(architecture | self.resolve(hparams))
         self.hparams = hparams
         self.teacher = teacher
@@ -230,9 +225,7 @@ class AFT(ERM):
 
     def _attack(self, model: Any, inputs: Tensor, y: Tensor, eps: float | Tensor) -> Tensor:
         """Maximise the cross-entropy against the label; batch norm stays in evaluation mode meanwhile."""
-        was_training = self.featurizer.training
-        self.featurizer.eval()
-        try:
+        with evaluating(self.featurizer):
             return run_pgd(
                 lambda perturbed: F.cross_entropy(model(perturbed), y, reduction="sum"),
                 inputs,
@@ -242,8 +235,6 @@ class AFT(ERM):
                 spec=self.teacher.input_spec if self.attack == "pixels" else None,
                 generator=self.start_generator,
             )
-        finally:
-            self.featurizer.train(was_training)
 
 
 @torch.no_grad()

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.func import functional_call
 
 from daft_domainbed.algorithms.at import AT
-from daft_domainbed.errors import UsageError
 from daft_domainbed.functional.class_weights import choose_sample_weights, get_margins
 from daft_domainbed.functional.robust import kl_divergence
 from daft_domainbed.hparams import Hparam, number, one_of, pick
@@ -46,10 +45,7 @@ class FAAL(AT):
         # The architecture is its start's; every weight comes from there, so none has to be downloaded.
         architecture = teacher.get_architecture()
         super().__init__(input_shape, num_classes, num_domains, {**hparams, **architecture, "weights": "none"})
-        try:
-            self.network.load_state_dict(teacher.model.network.state_dict())
-        except (AttributeError, RuntimeError) as error:
-            raise UsageError(f"{teacher.path} has no featurizer and head as AT has: name an AT checkpoint") from error
+        teacher.copy_weights_to(self.network, "AT", "name an AT checkpoint")
         hparams.update(architecture | self.resolve(hparams))
         self.hparams = hparams
 

@@ -58,6 +58,22 @@ class Teacher:
         frozen = self.hparams.get("backbone_frozen")  # a head that was trained alone says nothing of what comes next
         return architecture | ({"backbone_frozen": frozen} if isinstance(frozen, str) else {})
 
+    def copy_weights_to(self, network: nn.Module, kind: str, advice: str) -> None:
+        """Start a network, featurizer and head, from this one's weights.
+
+        Args:
+            network: Built as `get_architecture` says.
+            kind: The method whose checkpoints have such a network.
+            advice: What to do with a checkpoint that has none.
+
+        Raises:
+            UsageError: The weights do not fit.
+        """
+        try:
+            network.load_state_dict(self.model.network.state_dict())
+        except (AttributeError, RuntimeError) as error:
+            raise UsageError(f"{self.path} has no featurizer and head as {kind} has: {advice}") from error
+
     def follow(self, x: Tensor) -> None:
         """Move to the device of a tensor."""
         if x.device != self._device:

@@ -74,7 +74,9 @@ def make_teacher(algorithm: Any) -> Any:
     """Return what `take_teacher` returns of a slot, as far as methods use it."""
     model = copy.deepcopy(algorithm).eval().requires_grad_(False)
     return SimpleNamespace(
-        model=model, path="model.pkl", get_architecture=lambda: {"backbone": "resnet8_w2", "pixels": "unit"}
+        model=model,
+        get_architecture=lambda: {"backbone": "resnet8_w2", "pixels": "unit"},
+        copy_weights_to=lambda network, *_: network.load_state_dict(model.network.state_dict()),
     )
 
 
