@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 RANDOM = ("random's state", "NumPy's random state", "torch's random state")
 # Variables that pytest sets for each test, and some that libraries set whenever they are imported.
-_NOT_OURS = ("PYTEST_CURRENT_TEST", "KMP_", "TORCHINDUCTOR_", "TOKENIZERS_")
+_NOT_OURS = ("PYTEST_CURRENT_TEST", "KMP_", "TORCHINDUCTOR_", "TOKENIZERS_", "OUTDATED_")
 
 
 class Shared(NamedTuple):
