@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from daft_domainbed.functional.attacks import evaluating, get_norms
-from daft_domainbed.functional.input_spec import INPUT_SPECS, InputSpec
+from daft_domainbed.functional.input_spec import INPUT_SPECS
 from daft_domainbed.functional.perturbations import (
     bound_negative_entropy,
     place_perturbation,
@@ -62,16 +62,11 @@ class ADT(ERM):
     def __init__(self, input_shape: Sequence[int], num_classes: int, num_domains: int, hparams: dict[str, Any]) -> None:
         super().__init__(input_shape, num_classes, num_domains, hparams)
         hparams.update(self.resolve(hparams))
-        self.family = hparams["adt_family"]
+        self.spec, self.family = INPUT_SPECS[hparams["pixels"]], hparams["adt_family"]
         # Noise has a generator of its own: what perturbations are drawn never moves the global one.
         self.noise_generator = torch.Generator().manual_seed(torch.initial_seed())
         with torch.random.fork_rng(devices=[]):
             self.helpers = self._build_helpers(input_shape[0])
-
-    @property
-    def spec(self) -> InputSpec:
-        """How its images are normalised."""
-        return INPUT_SPECS[self.hparams["pixels"]]
 
     def update(
         self, minibatches: Sequence[tuple[Tensor, Tensor]], unlabeled: Sequence[Tensor] | None = None

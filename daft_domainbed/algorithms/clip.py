@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -38,6 +38,7 @@ class Prompted(ERM):
                 f"{type(self).__name__} needs a backbone of open_clip and a linear head: 'open_clip/small'"
             )
         classes, self.styles = list_classes(num_classes), list_styles(num_domains)
+        self.templates = list_templates(self.towers.name)
         prompts = [template(name) for name in classes for template in self.templates]
         self.prompts: Tensor
         self.register_buffer("prompts", self._tokenize(prompts, num_classes), persistent=False)
@@ -49,11 +50,6 @@ class Prompted(ERM):
         """The two towers."""
         network: ImageTextModel = getattr(self.featurizer, "network", None)  # type: ignore[assignment]
         return network
-
-    @property
-    def templates(self) -> tuple[Callable[[str], str], ...]:
-        """What makes a caption of a class's name."""
-        return list_templates(self.towers.name)
 
     def predict(self, x: Tensor) -> Tensor:
         """Return logits, [B, K]: scaled cosines with the classes' prompts."""

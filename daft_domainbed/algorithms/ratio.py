@@ -11,7 +11,7 @@ from torch import Tensor
 
 from daft_domainbed.data.outside import OutsideStream, choose_source, is_source
 from daft_domainbed.functional.attacks import evaluating, run_pgd
-from daft_domainbed.functional.input_spec import INPUT_SPECS, InputSpec
+from daft_domainbed.functional.input_spec import INPUT_SPECS
 from daft_domainbed.functional.out_distribution import measure_uniform_divergence
 from daft_domainbed.hparams import Hparam, is_eps, number, parse_eps, pick
 
@@ -55,12 +55,7 @@ class RATIO(ERM):
         outside = OutsideStream(source, input_shape, spec, seed)  # refuses before anything is built
         super().__init__(input_shape, num_classes, num_domains, hparams)
         hparams.update(self_chosen)
-        self.outside = outside
-
-    @property
-    def spec(self) -> InputSpec:
-        """How its images are normalised."""
-        return INPUT_SPECS[self.hparams["pixels"]]
+        self.spec, self.outside = spec, outside
 
     def update(
         self, minibatches: Sequence[tuple[Tensor, Tensor]], unlabeled: Sequence[Tensor] | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ def capture(algorithm: nn.Module) -> dict[str, Any]:
 
 def list_unsaved(algorithm: nn.Module) -> list[str]:
     """Return the names of attributes that may change with every step and that `capture` cannot keep."""
-    return [name for _, name, value in _list_attributes(algorithm) if _pack(value) is None and not callable(value)]
+    return [name for _, name, value in _list_attributes(algorithm) if _pack(value) is None and not _is_constant(value)]
 
 
 def _is_teacher(value: Any) -> bool:
@@ -77,6 +78,15 @@ def _pack(value: Any) -> tuple[str, Any] | None:
     if isinstance(value, torch.Generator):
         return "generator", value.get_state()
     return ("value", value) if _is_plain(value) else None
+
+
+def _is_constant(value: Any) -> bool:
+    """Return whether no step can change a value: numbers, texts, functions, and what is made of them alone."""
+    if isinstance(value, tuple):
+        return all(map(_is_constant, value))
+    if is_dataclass(value) and getattr(type(value), "__dataclass_params__").frozen:  # noqa: B009 - unknown to mypy
+        return all(map(_is_constant, vars(value).values()))
+    return value is None or isinstance(value, bool | int | float | str) or callable(value)
 
 
 def _is_plain(value: Any) -> bool:

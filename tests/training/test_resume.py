@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -419,3 +420,15 @@ sys.settrace(trace)
         assert process.wait() == -signal.SIGKILL
         assert run_warm(command).returncode == 0
         assert outcome(tiny.root / "killed") == shelf.read(**self.RUNS["DAFT"])
+
+
+@dataclass(frozen=True)
+class Fixed:
+    content: Any
+
+
+def test_only_what_a_step_may_change_is_missed() -> None:
+    algorithm = nn.Module()
+    algorithm.functions, algorithm.fixed = (len, max), Fixed((1.0, "a"))  # type: ignore[assignment]
+    algorithm.tensor, algorithm.stream = Fixed(torch.ones(1)), iter([1])  # type: ignore[assignment]
+    assert resume.list_unsaved(algorithm) == ["tensor", "stream"]
