@@ -54,6 +54,7 @@ def measure_times(runs: Path, env: int) -> None:
     sweep = collect_sweep_args(given)
     jobs = [job for job in make_plan(sweep) if job.args.test_envs == [env]]
     write_plan(sweep, jobs)
+    commit = find_commit(Path(__file__))  # before the records differ from those of the commit
     with TIMES.open("w") as file:
         for job in jobs:
             before = measure_children()
@@ -65,7 +66,7 @@ def measure_times(runs: Path, env: int) -> None:
                 "processor_seconds": round(measure_children() - before, 1),
                 "cache_bytes": sum(entry["bytes"] for entry in read_cache(runs / "features")),
                 "load": round(os.getloadavg()[0], 1),
-                "commit": find_commit(Path(__file__)),
+                "commit": commit,
             }
             print(json.dumps(entry), file=file, flush=True)
 
