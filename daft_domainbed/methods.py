@@ -101,7 +101,7 @@ METHODS: dict[str, Method] = {
 PLAIN = "ERM"  # the host's own, which ours are mixins over
 COMPARED = ("ERM", "KD", "DAFT")  # what `run` and `sweep` train unless they are told
 
-STUDENT, EVALUATION = "student", "evaluation"  # stages that make no teacher
+STUDENT, EVALUATION, ADAPTATION = "student", "evaluation", "adaptation"  # stages that make no teacher
 
 
 def find_method(algorithm: str) -> Method:

@@ -18,12 +18,13 @@ class Journal:
     Args:
         folder: Of the evaluation, claimed by this process.
         settings: JSON; a folder that was begun with others is refused.
+        what: Whose findings they are, for messages.
 
     Raises:
         UsageError: The folder holds an evaluation with other settings, or a damaged one.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, settings: Mapping[str, Any], what: str = "an evaluation") -> None:
         self.path = folder / JOURNAL_FILE
         self.findings: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}
@@ -32,7 +33,7 @@ class Journal:
         whole = text[: text.rfind(b"\n") + 1]  # a killed process may have left a part of a line
         lines = [self._parse(line) for line in whole.splitlines()]
         if lines:
-            _compare(lines[0].get("settings"), json.loads(json.dumps(settings)), folder)
+            _compare(lines[0].get("settings"), json.loads(json.dumps(settings)), folder, what)
         self.file = self.path.open("r+b" if self.path.is_file() else "wb")
         self.file.truncate(len(whole))
         self.file.seek(0, os.SEEK_END)
@@ -73,8 +74,8 @@ class Journal:
         raise UsageError(f"{self.path} is damaged: delete it, or choose another --output_dir")
 
 
-def _compare(theirs: Any, ours: Mapping[str, Any], folder: Path) -> None:
-    """Refuse to mix two evaluations, naming the first setting in which they differ."""
+def _compare(theirs: Any, ours: Mapping[str, Any], folder: Path, whose: str) -> None:
+    """Refuse to mix two of them, naming the first setting in which they differ."""
     if not isinstance(theirs, dict):
         raise UsageError(f"{folder / JOURNAL_FILE} does not begin with settings: delete it")
     for name, value in ours.items():
@@ -86,7 +87,7 @@ def _compare(theirs: Any, ours: Mapping[str, Any], folder: Path) -> None:
                 "against": "another set of checkpoints",
                 "images": "other images: the data have changed since",
             }[name]
-            raise UsageError(f"{folder} holds an evaluation of {what}: choose another --output_dir")
+            raise UsageError(f"{folder} holds {whose} of {what}: choose another --output_dir")
         raise UsageError(
-            f"{folder} holds an evaluation with {name} {theirs.get(name)}, not {value}: choose another --output_dir"
+            f"{folder} holds {whose} with {name} {theirs.get(name)}, not {value}: choose another --output_dir"
         )

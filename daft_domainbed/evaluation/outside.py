@@ -50,7 +50,7 @@ class Outside:
 
 
 def find_outside(text: str, subject: Subject, data_dir: str | None) -> Outside:
-    """Return the set that an `--ood` names: noise, folder:PATH, classes:A,B, or a data set of the host.
+    """Return the set that `--ood` or `--strong_ood` names: noise, folder:PATH, classes:A,B, or a data set of the host.
 
     Raises:
         UsageError: There is no such set, or it shows classes that the model knows.
@@ -86,10 +86,10 @@ def fit(pixels: Tensor, shape: Sequence[int]) -> Tensor:
 
 def _find_folder(folder: Path, subject: Subject) -> Outside:
     if not folder.is_dir():
-        raise UsageError(f"--ood folder:{folder}: there is no such folder")
+        raise UsageError(f"outside images folder:{folder}: there is no such folder")
     paths = sorted(map(Path, walk_images(folder, Found(), Image.registered_extensions())))
     if not paths:
-        raise UsageError(f"--ood folder:{folder}: there is no image in it")
+        raise UsageError(f"outside images folder:{folder}: there is no image in it")
     inside = {part for path in paths for part in path.relative_to(folder).parts[:-1]}
     _refuse_known(f"folder:{folder}", inside, subject)
     shape = tuple(subject.data.dataset.input_shape)
@@ -104,11 +104,13 @@ def _find_folder(folder: Path, subject: Subject) -> Outside:
 
 def _find_dataset(name: str, subject: Subject, data_dir: str | None) -> Outside:
     if name == subject.dataset:
-        raise UsageError(f"--ood {name} is the data set that the model was trained on: name another one")
+        raise UsageError(f"outside images {name} is the data set that the model was trained on: name another one")
     try:
         facts = describe_dataset(subject.host, name, {})
     except UsageError as error:
-        raise UsageError(f"--ood {name}: {error}; it takes noise, folder:PATH, classes:A,B, or a data set") from error
+        raise UsageError(
+            f"outside images {name}: {error}; it takes noise, folder:PATH, classes:A,B, or a data set"
+        ) from error
     hparams = dict(subject.content["model_hparams"]) | {"data_augmentation": False}
     with preserve_states():
         seed_everything(0)
@@ -122,8 +124,8 @@ def _find_left_out(names: list[str], subject: Subject) -> Outside:
     left_out = subject.run.leave_out_classes or []
     if known := [name for name in names if name not in left_out]:
         raise UsageError(
-            f"--ood classes:{','.join(names)}: {', '.join(known)} was not left out of the training of {subject.path}, "
-            f"which left out {', '.join(left_out) or 'nothing'}: train with --leave_out_classes"
+            f"outside images classes:{','.join(names)}: {', '.join(known)} was not left out of the training of "
+            f"{subject.path}, which left out {', '.join(left_out) or 'nothing'}: train with --leave_out_classes"
         )
     dataset = build_whole(subject)
     labels = [list_classes(dataset).index(name) for name in names]
@@ -153,7 +155,7 @@ def _refuse_known(name: str, shown: Iterable[str], subject: Subject) -> None:
     known = {text.lower() for text in list_shown(subject.data.dataset)}
     if both := sorted({text for text in shown if text.lower() in known}):
         raise UsageError(
-            f"--ood {name} shows classes that the model knows ({', '.join(both)}): name a set without them"
+            f"outside images {name} shows classes that the model knows ({', '.join(both)}): name a set without them"
         )
 
 

@@ -1,4 +1,4 @@
-"""The evaluations of a sweep: every checkpoint that training-domain validation chose, and the teachers behind them."""
+"""What is asked of a sweep's models: of those that training-domain validation chose, and of the teachers behind."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from daft_domainbed.adaptation.adapt import AdaptArgs, name_folder
 from daft_domainbed.arguments import TrainArgs
 from daft_domainbed.errors import UsageError
 from daft_domainbed.launch.job import EvaluationJob, Job
 from daft_domainbed.launch.plan_file import read_jobs
-from daft_domainbed.methods import EVALUATION
+from daft_domainbed.methods import ADAPTATION, EVALUATION
 from daft_domainbed.results.lineage import trace_teachers
 from daft_domainbed.results.selection import Choice, choose, group_runs
 from daft_domainbed.results.sweeps import Sweep, read_sweep
@@ -37,6 +38,32 @@ def plan_evaluations(root: Path, asked: Mapping[str, Any]) -> list[EvaluationJob
     Raises:
         UsageError: Nothing is chosen yet, or a chosen checkpoint is gone.
     """
+    return [
+        _make_job(EVALUATION, run, f"{run.folder}/{EVALUATION_FOLDER}", name, asked) for run, name in _find_chosen(root)
+    ]
+
+
+def plan_adaptations(root: Path, asked: Mapping[str, Any]) -> list[EvaluationJob]:
+    """Return the jobs that adapt the chosen checkpoints of a sweep, to each domain that they held out.
+
+    Args:
+        root: Of the sweep.
+        asked: The arguments of `adapt` that all have in common.
+
+    Raises:
+        UsageError: Nothing is chosen yet, or a chosen checkpoint is gone.
+    """
+    jobs = []
+    for run, name in _find_chosen(root):
+        for env in run.args.test_envs:
+            args = AdaptArgs(name, env, **asked)
+            folder = f"{run.folder}/{name_folder(env, args.strong_ood, args.strong_ratio)}"
+            jobs.append(_make_job(ADAPTATION, run, folder, name, {**asked, "test_env": env}))
+    return jobs
+
+
+def _find_chosen(root: Path) -> list[tuple[Job, str]]:
+    """Return the run and the file of every chosen checkpoint, students before teachers."""
     runs = {job.folder: job for job in read_jobs(root)}
     checkpoints: dict[str, str] = {}
     for folder, name in _list_chosen(read_sweep(root)):
@@ -46,11 +73,11 @@ def plan_evaluations(root: Path, asked: Mapping[str, Any]) -> list[EvaluationJob
     places = [root / folder / name for folder, name in checkpoints.items()]
     if gone := [place for place in places if not place.is_file()]:
         raise UsageError(f"{gone[0]} was chosen and is gone ({len(gone)} in all): launch without --skip_model_save")
-    return [_make_job(runs[folder], folder, name, asked) for folder, name in checkpoints.items()]
+    return [(runs[folder], name) for folder, name in checkpoints.items()]
 
 
 def write_evaluations(root: Path, jobs: list[EvaluationJob]) -> None:
-    """Store the jobs in the sweep's folder, where other machines find them.
+    """Store the jobs in the sweep's folder beside those that are there, where other machines find them.
 
     Raises:
         UsageError: The folder holds evaluations that were asked otherwise.
@@ -59,7 +86,8 @@ def write_evaluations(root: Path, jobs: list[EvaluationJob]) -> None:
     for job in jobs:
         if job.folder in before and (root / job.folder).is_dir():
             _compare(root / job.folder, before[job.folder], job)
-    content = {"schema": 1, "jobs": [asdict(job) for job in jobs]}
+    everything = before | {job.folder: job for job in jobs}
+    content = {"schema": 1, "jobs": [asdict(job) for job in everything.values()]}
     write_text(root / EVALUATIONS_FILE, json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
@@ -105,13 +133,13 @@ def _list_chosen(sweep: Sweep) -> Iterator[tuple[str, str]]:
                 yield teacher.run.folder, CHECKPOINT_FILE
 
 
-def _make_job(run: Job, folder: str, name: str, asked: Mapping[str, Any]) -> EvaluationJob:
+def _make_job(stage: str, run: Job, folder: str, name: str, asked: Mapping[str, Any]) -> EvaluationJob:
     return EvaluationJob(
-        EVALUATION,
-        f"{folder}/{EVALUATION_FOLDER}",
+        stage,
+        folder,
         run.args,
         imports=run.imports,
         cwd=run.cwd,
-        checkpoint=f"{folder}/{name}",
+        checkpoint=f"{run.folder}/{name}",
         asked=dict(asked),
     )

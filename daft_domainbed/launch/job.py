@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from daft_domainbed.arguments import TrainArgs
-from daft_domainbed.methods import EVALUATION, STUDENT
+from daft_domainbed.methods import ADAPTATION, EVALUATION, STUDENT
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class Job:
     """One run of a sweep.
 
     Attributes:
-        stage: What it is for: "student", "<kind>_teacher", or "evaluation".
+        stage: What it is for: "student", "<kind>_teacher", "evaluation" or "adaptation".
         folder: Its output folder, relative to the sweep's where it lies inside.
         args: Its arguments.
         needs: Folders of the teachers that have to be there before.
@@ -33,11 +33,11 @@ class Job:
 
 @dataclass(frozen=True)
 class EvaluationJob(Job):
-    """The evaluation of one checkpoint of a sweep; `args` are those of the run that made it.
+    """The evaluation, or the adaptation, of one checkpoint of a sweep; `args` are those of the run that made it.
 
     Attributes:
         checkpoint: Its file, relative to the sweep's folder where it lies inside.
-        asked: The arguments of `evaluate` that are not its own.
+        asked: The arguments of `evaluate`, or of `adapt`, that are not its own.
     """
 
     checkpoint: str = ""
@@ -69,6 +69,6 @@ def name_job(job: Job) -> str:
         >>> name_job(Job("aft_teacher", "teachers/AFT-0", TrainArgs(algorithm="AFT")))
         'AFT teacher'
     """
-    if job.stage == EVALUATION:
-        return f"{job.args.algorithm} evaluation"
+    if job.stage in (EVALUATION, ADAPTATION):
+        return f"{job.args.algorithm} {job.stage}"
     return f"{job.args.algorithm} teacher" if job.stage.endswith("_teacher") else job.stage

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from daft_domainbed.errors import RunError, UsageError
-from daft_domainbed.methods import COMPARED, STUDENT
+from daft_domainbed.methods import ADAPTATION, COMPARED, STUDENT
 
 if TYPE_CHECKING:
     from daft_domainbed.arguments import SweepArgs
@@ -129,24 +129,24 @@ def launch(sweep: SweepArgs, options: Options, *, launcher: str, ask: bool, keep
     return True
 
 
-def evaluate_chosen(root: Path, asked: Mapping[str, Any], options: Options, *, launcher: str, ask: bool) -> None:
-    """Evaluate the checkpoints that a sweep chose, as far as that is not done.
+def ask_chosen(root: Path, stage: str, asked: Mapping[str, Any], options: Options, *, launcher: str, ask: bool) -> None:
+    """Evaluate, or adapt, the checkpoints that a sweep chose, as far as that is not done.
 
     Raises:
         UsageError: Nothing is chosen yet, or the sweep holds evaluations that were asked otherwise.
         RunError: A job failed; the others were run nevertheless.
         Stopped: By a signal; the same command goes on.
     """
-    from daft_domainbed.launch.evaluations import plan_evaluations, write_evaluations
+    from daft_domainbed.launch.evaluations import plan_adaptations, plan_evaluations, write_evaluations
     from daft_domainbed.launch.launchers import find_launcher
     from daft_domainbed.launch.plan_file import read_environments
     from daft_domainbed.launch.states import is_done
 
     sweep = collect_sweep_args({"output_dir": str(root)})
     run, options = find_launcher(launcher, sweep.host), replace(options, threads=sweep.threads)
-    jobs = plan_evaluations(root, asked)
+    jobs = (plan_adaptations if stage == ADAPTATION else plan_evaluations)(root, asked)
     waiting = [job for job in jobs if not is_done(root / job.folder)]
-    question = f"Evaluate {len(waiting)} checkpoints of {len(jobs)} with {launcher}?"
+    question = f"Launch {len(waiting)} {stage}s of {len(jobs)} with {launcher}?"
     if ask and waiting and launcher != "dummy" and not _confirm(question):
         return
     if launcher != "dummy":

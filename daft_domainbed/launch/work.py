@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from daft_domainbed import plugin
+from daft_domainbed.adaptation.adapt import AdaptArgs, adapt
 from daft_domainbed.arguments import TrainArgs
 from daft_domainbed.cli import positive_int
 from daft_domainbed.errors import DISK_FULL, RunError, UsageError
@@ -26,6 +27,7 @@ from daft_domainbed.launch.evaluations import read_evaluations
 from daft_domainbed.launch.job import EvaluationJob, Job
 from daft_domainbed.launch.plan_file import read_jobs
 from daft_domainbed.launch.states import is_done, write_failure
+from daft_domainbed.methods import ADAPTATION
 from daft_domainbed.runtime import stopping
 from daft_domainbed.runtime.layout import FAILED_FILE, read_failure
 from daft_domainbed.runtime.locks import Claimed, TakenOver
@@ -41,7 +43,7 @@ class Outcome:
 
 
 def do_job(root: Path, job: Job, *, threads: int, on_step: Callable[[int, int], None] | None = None) -> Outcome:
-    """Train or evaluate what a job says, from where it was; what goes wrong is left in its folder.
+    """Train, evaluate or adapt what a job says, from where it was; what goes wrong is left in its folder.
 
     A job whose teacher failed is not run. A teacher that is merely missing is trained on the way, or waited for.
 
@@ -95,7 +97,9 @@ def _working_in(folder: str) -> Iterator[None]:
 
 
 def _do(root: Path, job: Job, on_step: Callable[[int, int], None] | None) -> None:
-    if isinstance(job, EvaluationJob):
+    if job.stage == ADAPTATION and isinstance(job, EvaluationJob):
+        adapt(AdaptArgs(str(root / job.checkpoint), output_dir=str(root / job.folder), **job.asked), on_step=on_step)
+    elif isinstance(job, EvaluationJob):
         evaluate(
             EvaluateArgs([str(root / job.checkpoint)], output_dir=str(root / job.folder), **job.asked), on_step=on_step
         )

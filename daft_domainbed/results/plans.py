@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from daft_domainbed.methods import EVALUATION, METHODS, STUDENT
+from daft_domainbed.methods import ADAPTATION, EVALUATION, METHODS, STUDENT
 from daft_domainbed.results.records import Note, RunKey
 from daft_domainbed.results.values import as_dict, as_list, is_name, show_name
 from daft_domainbed.runtime.layout import PLAN_FILE
@@ -86,7 +86,7 @@ def read_plan(root: Path, notes: list[Note]) -> Plan | None:
     try:
         plan = json.loads(path.read_bytes())
         entries = [as_dict(entry) for entry in plan["jobs"]]
-        runs = [_read_planned_run(entry) for entry in entries if entry["stage"] != EVALUATION]
+        runs = [_read_planned_run(entry) for entry in entries if entry["stage"] not in (EVALUATION, ADAPTATION)]
         known = {run.args["dataset"]: run.key.dataset for run in runs}
         environments = as_dict(plan.get("environments"))
         named = {known.get(name, name): show_names(envs) for name, envs in environments.items() if are_names(envs)}

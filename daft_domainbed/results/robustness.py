@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,15 @@ class Value:
         """Standard error over trials; None for fewer than two."""
         return standard_error(self.numbers)
 
+    def describe(self) -> dict[str, float | None]:
+        """Return what the json of a table has of it."""
+        return {"mean": self.mean, "stderr": self.stderr, "n": len(self.numbers)}
+
+    def format(self, digits: int = 1) -> str:
+        """Return mean, standard error and, in brackets, the number of trials."""
+        error = "" if self.stderr is None else f" ± {self.stderr:.{digits}f}"
+        return f"{self.mean:.{digits}f}{error} ({len(self.numbers)})"
+
 
 @dataclass(frozen=True)
 class Row:
@@ -48,6 +57,16 @@ class Row:
     algorithm: str
     role: str
     values: dict[str, Value]
+
+    @property
+    def label(self) -> str:
+        """What a reader calls it."""
+        return self.algorithm if self.role == "student" else f"{self.algorithm} {self.role}"
+
+    def format(self, column: str) -> str:
+        """Return the text of a cell."""
+        value = self.values.get(column)
+        return "-" if value is None else value.format(3 if column in (ECE, AUROC) else 1)
 
 
 @dataclass(frozen=True)
@@ -65,8 +84,8 @@ class RobustnessTable:
         return [name for name in (CLEAN, WORST, *robust, CORRUPTIONS, ECE, AUROC) if name in found]
 
 
-# Measured numbers by column, of one checkpoint, with the held-out domain and the trial that it stands for.
-Measured = tuple[int, int, dict[str, float]]
+# Runs by algorithm and role, then by held-out domain and trial.
+Models = dict[tuple[str, str], dict[tuple[int, int], Run]]
 
 
 def build_robustness(sweep: Sweep) -> tuple[list[RobustnessTable], list[Note]]:
@@ -76,14 +95,23 @@ def build_robustness(sweep: Sweep) -> tuple[list[RobustnessTable], list[Note]]:
         A table for each data set, and a note for each chosen checkpoint that was not evaluated.
     """
     notes: list[Note] = []
+    tables = []
+    for dataset, models in gather_models(sweep).items():
+        rows = [_build_row(sweep, *name, runs, notes) for name, runs in models.items()]
+        tables.append(RobustnessTable(dataset, [row for row in rows if row.values]))
+    return tables, notes
+
+
+def gather_models(sweep: Sweep) -> dict[str, Models]:
+    """Return, by data set, the runs that training-domain validation chose, then the teachers that stand behind them."""
     choices: dict[str, list[Choice]] = defaultdict(list)
     for group, runs in group_runs(sweep.runs).items():
         if choice := choose(SELECTION, runs, group.test_env):
             choices[group.dataset].append(choice)
-    return [_build_table(sweep, name, choices[name], notes) for name in sorted(choices)], notes
+    return {dataset: _gather(sweep, choices[dataset]) for dataset in sorted(choices)}
 
 
-def _build_table(sweep: Sweep, dataset: str, choices: Sequence[Choice], notes: list[Note]) -> RobustnessTable:
+def _gather(sweep: Sweep, choices: Sequence[Choice]) -> Models:
     students: dict[str, dict[tuple[int, int], Run]] = defaultdict(dict)
     teachers: dict[str, dict[tuple[int, int], tuple[Any, Run]]] = defaultdict(dict)
     for choice in choices:
@@ -94,26 +122,31 @@ def _build_table(sweep: Sweep, dataset: str, choices: Sequence[Choice], notes: l
             known = teachers[teacher.algorithm].get(place)
             if teacher.run is not None and (known is None or rank < known[0]):
                 teachers[teacher.algorithm][place] = (rank, teacher.run)
-    rows = [
-        _build_row(sweep, name, "student", students[name], notes) for name in order_algorithms(sweep.plan, students)
-    ]
     found = {name: {place: run for place, (_, run) in runs.items()} for name, runs in teachers.items() if runs}
-    rows += [_build_row(sweep, name, "teacher", found[name], notes) for name in order_algorithms(None, found)]
-    return RobustnessTable(dataset, [row for row in rows if row.values])
+    return {
+        **{(name, "student"): students[name] for name in order_algorithms(sweep.plan, students)},
+        **{(name, "teacher"): found[name] for name in order_algorithms(None, found)},
+    }
 
 
 def _build_row(sweep: Sweep, algorithm: str, role: str, runs: dict[tuple[int, int], Run], notes: list[Note]) -> Row:
-    by_trial: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for (_, trial), run in sorted(runs.items()):
+    found: dict[str, dict[int, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    for (env, trial), run in sorted(runs.items()):
         for column, number in _read_evaluation(sweep.root, run, notes).items():
-            by_trial[column][trial].append(number)
-    n_envs = len({env for env, _ in runs})
-    # A trial counts where it has every held-out domain: domains differ more than trials do.
-    complete = {
-        column: [sum(numbers) / n_envs for _, numbers in sorted(trials.items()) if len(numbers) == n_envs]
-        for column, trials in by_trial.items()
+            found[column][trial][env] = number
+    return Row(algorithm, role, average_domains(found, len({env for env, _ in runs})))
+
+
+def average_domains(found: Mapping[str, Mapping[int, Mapping[int, float]]], n_envs: int) -> dict[str, Value]:
+    """Return means over held-out domains by column, of numbers by column, trial and domain.
+
+    A trial counts where it has every domain: domains differ more than trials do.
+    """
+    values = {
+        column: Value([sum(envs.values()) / n_envs for _, envs in sorted(trials.items()) if len(envs) == n_envs])
+        for column, trials in found.items()
     }
-    return Row(algorithm, role, {column: Value(numbers) for column, numbers in complete.items() if numbers})
+    return {column: value for column, value in values.items() if value.numbers}
 
 
 def read_evaluation(root: Path, run: Run) -> dict[str, Any]:
@@ -179,10 +212,7 @@ def _to_json(tables: Sequence[RobustnessTable]) -> str:
                 {
                     "algorithm": row.algorithm,
                     "role": row.role,
-                    "values": {
-                        name: {"mean": value.mean, "stderr": value.stderr, "n": len(value.numbers)}
-                        for name, value in row.values.items()
-                    },
+                    "values": {name: value.describe() for name, value in row.values.items()},
                 }
                 for row in table.rows
             ],
@@ -192,19 +222,10 @@ def _to_json(tables: Sequence[RobustnessTable]) -> str:
     return json.dumps({"schema": 1, "robustness": content}, indent=1) + "\n"
 
 
-def _format_value(name: str, value: Value | None) -> str:
-    if value is None or value.mean is None:
-        return "-"
-    digits = 3 if name in (ECE, AUROC) else 1
-    error = "" if value.stderr is None else f" ± {value.stderr:.{digits}f}"
-    return f"{value.mean:.{digits}f}{error} ({len(value.numbers)})"
-
-
 def _list_cells(table: RobustnessTable) -> Iterator[list[str]]:
     yield ["", *table.columns]
     for row in table.rows:
-        label = row.algorithm if row.role == "student" else f"{row.algorithm} teacher"
-        yield [label, *(_format_value(name, row.values.get(name)) for name in table.columns)]
+        yield [row.label, *map(row.format, table.columns)]
 
 
 _FOOT = (

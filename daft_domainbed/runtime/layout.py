@@ -24,6 +24,10 @@ EVALUATION_FOLDER = "evaluation"
 EVALUATION_FILE = "evaluation.json"
 JOURNAL_FILE = "journal.jsonl"  # of what it has found so far
 
+# Of an adaptation, by default in a folder of its own below this one, beside its checkpoint.
+ADAPTATION_FOLDER = "adaptation"
+ADAPTATION_FILE = "adaptation.json"
+
 # Of a sweep.
 PLAN_FILE = "plan.json"
 EVALUATIONS_FILE = "evaluations.json"

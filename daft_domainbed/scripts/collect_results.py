@@ -11,6 +11,7 @@ Example:
     daft-domainbed collect_results --input_dir runs/birds --checklist --format latex
     daft-domainbed collect_results --input_dir runs/birds --figures figures
     daft-domainbed collect_results --input_dir runs/EmojiStyles --robustness --format json
+    daft-domainbed collect_results --input_dir runs/EmojiStyles --adaptation --format json
     daft-domainbed collect_results --input_dir runs/EmojiStyles --weights averaged
     daft-domainbed collect_results --input_dir runs/PACS --published
 """
@@ -59,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--figures", type=Path, metavar="DIR", help="write figures, SVG and PDF, there (pip install matplotlib)"
     )
     parser.add_argument("--robustness", action="store_true", help="the table of what `sweep evaluate` measured")
+    parser.add_argument("--adaptation", action="store_true", help="the tables of what `sweep adapt` measured")
     parser.add_argument(
         "--weights", choices=["plain", "averaged"], default="plain", help="whose accuracies count; default: plain"
     )
@@ -85,6 +87,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(FORMATS[args.format](tables))
         return 0
 
+    if args.adaptation:
+        from daft_domainbed.results.adaptation import FORMATS as ADAPTATION_FORMATS
+        from daft_domainbed.results.adaptation import build_adaptations
+
+        adaptations, notes = build_adaptations(sweep)
+        _print_notes(notes)
+        sys.stdout.write(ADAPTATION_FORMATS[args.format](adaptations))
+        return 0
+
     from daft_domainbed.results.tables import build_results, present
 
     results = build_results(sweep)
@@ -100,11 +111,16 @@ def _check(args: argparse.Namespace) -> None:
     """Refuse flags that say nothing together."""
     if args.compare and len(args.compare) < 2:
         raise UsageError(f"--compare {args.compare[0]}: name at least two algorithms")
-    asked = [name for name in ("compare", "robustness", "checklist", "figures", "published") if getattr(args, name)]
+    asked = [
+        name
+        for name in ("compare", "robustness", "adaptation", "checklist", "figures", "published")
+        if getattr(args, name)
+    ]
     if len(asked) > 1:
         raise UsageError(f"--{asked[0]} and --{asked[1]} each give something of their own: ask for one at a time")
-    if args.robustness and args.format == "latex":
-        raise UsageError("--robustness is a table of its own, in text, markdown, csv or json: give it alone")
+    for name in ("robustness", "adaptation"):
+        if getattr(args, name) and args.format == "latex":
+            raise UsageError(f"--{name} is a table of its own, in text, markdown, csv or json: give it alone")
     if args.published and args.format != "text":
         raise UsageError("--published is lines of text of their own: give it alone")
     if args.show_hparams and (asked or args.format != "text"):

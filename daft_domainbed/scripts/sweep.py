@@ -1,9 +1,10 @@
-"""Launch a sweep with every stage that it needs, show how it stands, evaluate its choices, remove what is incomplete.
+"""Launch a sweep with all its stages, show how it stands, evaluate or adapt its choices, remove what is incomplete.
 
 `launch` again goes on with what is not done; what is trained, and with how many threads, is then taken from the sweep.
 `rerun` trains what the search in --from chose by training-domain validation, in --n_trials further trials. `status`
 needs --output_dir alone. `evaluate` asks what `daft-domainbed evaluate` does of every checkpoint that training-domain
-validation chose, and of the teachers behind them; `collect_results --robustness` shows the answers. Launchers: local,
+validation chose, and of the teachers behind them; `collect_results --robustness` shows the answers. `adapt` is the same
+for `daft-domainbed adapt` (--n_trials are orders of the stream) and `collect_results --adaptation`. Launchers: local,
 multi_gpu, slurm, ray, dummy (prints the commands), one of an installed package, or one of your DomainBed's with --host
 upstream.
 
@@ -13,6 +14,7 @@ Example:
     daft-domainbed sweep rerun --from runs/e --output_dir runs/e_again --n_trials 5
     daft-domainbed sweep status --output_dir runs/e
     daft-domainbed sweep evaluate --output_dir runs/e --suite standard
+    daft-domainbed sweep adapt --output_dir runs/e --strong_ood noise
 """
 
 from __future__ import annotations
@@ -30,14 +32,15 @@ from typing import TYPE_CHECKING, Any
 from daft_domainbed.cli import ArgumentParser, non_negative_int, positive_int, run_command
 from daft_domainbed.errors import UsageError
 from daft_domainbed.launch.sweep import (
+    ask_chosen,
     collect_rerun_args,
     collect_sweep_args,
     delete_incomplete,
-    evaluate_chosen,
     launch,
     show_status,
 )
-from daft_domainbed.methods import COMPARED
+from daft_domainbed.methods import ADAPTATION, COMPARED, EVALUATION
+from daft_domainbed.scripts.adapt import add_stream_flags
 from daft_domainbed.scripts.evaluate import add_asked_flags
 from daft_domainbed.scripts.train import add_n_checkpoints_flag, add_shared_flags
 
@@ -45,6 +48,12 @@ if TYPE_CHECKING:
     from daft_domainbed.launch.options import Options
 
 
+# What is asked of chosen checkpoints: the jobs' stage, the flags that are for it alone, the table of the answers.
+ASKED = {
+    "evaluate": (EVALUATION, ("suite", "n_examples", "ood", "norm", "eps"), "--robustness"),
+    "adapt": (ADAPTATION, ("strong_ood", "strong_ratio", "methods", "batch_size"), "--adaptation"),
+}
+SHARED = ("seed", "data_dir", "device", "host")
 FIRST_TRIAL = "the first trial, by default 0: --n_trials 4 --n_trials_from 2 is trials 2 and 3"
 FIRST_DRAW = "the first draw, by default 0, the defaults: --n_hparams 20 --n_hparams_from 1 is draws 1 to 19"
 
@@ -52,7 +61,7 @@ FIRST_DRAW = "the first draw, by default 0, the defaults: --n_hparams 20 --n_hpa
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of `sweep`; a flag that is not given is no attribute of what it parses."""
     parser = ArgumentParser(prog="daft-domainbed sweep", doc=__doc__, argument_default=argparse.SUPPRESS)
-    parser.add_argument("command", choices=["launch", "rerun", "status", "evaluate", "delete_incomplete"])
+    parser.add_argument("command", choices=["launch", "rerun", "status", "evaluate", "adapt", "delete_incomplete"])
     parser.add_argument("--config", type=Path, help="a sweep.yaml, whose keys are these flags; flags go before it")
     parser.add_argument("--output_dir", help="the sweep's folder")
     parser.add_argument("--from", dest="search", metavar="DIR", help="rerun: the folder of the search")
@@ -75,6 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_shared_flags(parser)
     add_n_checkpoints_flag(parser)
     add_asked_flags(parser)
+    add_stream_flags(parser)
     add_launch_flags(parser)
     parser.add_argument("--command_launcher", help="local (default), multi_gpu, slurm, ray, dummy, or one of your own")
     parser.add_argument("--skip_confirmation", action="store_true", help="do not ask")
@@ -106,18 +116,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "output_dir" not in given:
         raise UsageError("--output_dir is needed: the sweep's folder")
     root = Path(given["output_dir"])
+    _check_asked_flags(on_command_line, command)
     if command == "status":
         show_status(root)
     elif command == "delete_incomplete":
         delete_incomplete(root, ask=not given.get("skip_confirmation", False))
-    elif command == "evaluate":
+    elif command in ASKED:
         _check_launcher_flags(on_command_line, launcher)
-        names = ("suite", "n_examples", "seed", "ood", "norm", "eps", "data_dir", "device", "host")
-        asked = {name: given[name] for name in names if name in given}
+        stage, own, table = ASKED[command]
+        asked = {name: given[name] for name in (*own, *SHARED) if name in given}
+        if command == "adapt" and "n_trials" in on_command_line:  # a file's are the sweep's, not a stream's orders
+            asked["n_trials"] = on_command_line["n_trials"]
         ask = not given.get("skip_confirmation", False)
-        evaluate_chosen(root, asked, make_options(given), launcher=launcher, ask=ask)
+        ask_chosen(root, stage, asked, make_options(given), launcher=launcher, ask=ask)
         where = shlex.quote(str(root))
-        print(f"results: daft-domainbed collect_results --input_dir {where} --robustness", file=sys.stderr)
+        print(f"results: daft-domainbed collect_results --input_dir {where} {table}", file=sys.stderr)
     else:
         options = make_options(given)
         _check_launcher_flags(on_command_line, launcher)
@@ -204,6 +217,13 @@ def _check_launcher_flags(given: dict[str, Any], launcher: str) -> None:
     for flag, owner in (("slurm", "slurm"), ("ray_address", "ray")):
         if flag in given and launcher != owner:
             raise UsageError(f"--{flag} is given, and the launcher is {launcher}: add --command_launcher {owner}")
+
+
+def _check_asked_flags(given: dict[str, Any], command: str) -> None:
+    """Refuse flags of another question, which would be ignored in silence; a file may hold several's."""
+    for other, (_, own, _) in ASKED.items():
+        if other != command and (stray := [name for name in own if name in given]):
+            raise UsageError(f"--{stray[0]} is for 'sweep {other}', and this is 'sweep {command}': leave it out")
 
 
 if __name__ == "__main__":

@@ -64,6 +64,10 @@ def verify(content: Mapping[str, Any], path: Path, facts: RunFacts, *, is_auto: 
     Raises:
         UsageError: Each differing field is named with both values.
     """
+    if adapted := content.get("adapted"):
+        raise UsageError(
+            f"teacher {path} was adapted to images of a held-out domain ({adapted}): name the checkpoint it came from"
+        )
     theirs = _read_provenance(content, path, facts)
     differences = provenance.compare(theirs, facts.provenance)
     if differences:

@@ -10,10 +10,13 @@ import pytest
 
 from daft_domainbed.errors import UsageError
 from daft_domainbed.evaluation.suites import SUITES
-from daft_domainbed.launch.evaluations import plan_evaluations, read_evaluations, write_evaluations
+from daft_domainbed.launch.evaluations import plan_adaptations, plan_evaluations, read_evaluations, write_evaluations
 from daft_domainbed.launch.job import EvaluationJob, name_job
+from daft_domainbed.launch.plan_file import read_jobs
 from daft_domainbed.launch.sweep import show_status
 from daft_domainbed.launch.work import _find_job, do_job
+from daft_domainbed.results.adaptation import FORMATS as ADAPTATION_FORMATS
+from daft_domainbed.results.adaptation import build_adaptations
 from daft_domainbed.results.formats import FORMATS
 from daft_domainbed.results.robustness import build_robustness
 from daft_domainbed.results.sweeps import read_sweep
@@ -47,6 +50,14 @@ def test_chosen_students_and_their_teachers_are_planned(root: Path) -> None:
         assert job.asked == ASKED
 
 
+def test_they_know_what_their_runs_were_told(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = {run.folder: replace(run, imports=["mine.py"], cwd="/there") for run in read_jobs(root)}
+    monkeypatch.setattr("daft_domainbed.launch.evaluations.read_jobs", lambda _: list(runs.values()))
+    for job in [*plan_evaluations(root, ASKED), *plan_adaptations(root, {})]:
+        run = runs[str(Path(job.checkpoint).parent)]
+        assert (job.args, job.imports, job.cwd) == (run.args, ["mine.py"], "/there")
+
+
 def test_a_job_is_an_evaluation_of_its_own_and_the_table_shows_it(root: Path) -> None:
     before = show_results(root)
     jobs = plan_evaluations(root, ASKED)
@@ -75,6 +86,38 @@ def show_results(root: Path) -> dict[str, str]:
     """The tables that have nothing to do with evaluations, in every format."""
     results = build_results(read_sweep(root))
     return {name: show(results) for name, show in FORMATS.items()}
+
+
+def test_adaptations_are_jobs_too_and_their_table_shows_them(root: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(root, tmp_path / "sweep")
+    before = show_results(moved)
+    asked = {"methods": ["source", "test"], "batch_size": 16, "n_trials": 2, "device": "cpu"}
+    jobs = plan_adaptations(moved, asked)
+    assert [name_job(job) for job in jobs] == ["KD adaptation"] * 3 + ["ERM adaptation"] * 3
+    assert [job.asked["test_env"] for job in jobs] == [0, 1, 2] * 2
+    evaluations = plan_evaluations(moved, ASKED)
+    for group in (evaluations, jobs):
+        write_evaluations(moved, group)
+    assert read_evaluations(moved) == [*evaluations, *jobs]
+    for job in jobs:
+        assert do_job(moved, job, threads=1).kind == "done"
+        assert (moved / job.folder / "done").is_file()
+    (table,), notes = build_adaptations(read_sweep(moved))
+    assert notes == []
+    assert table.stream == ("Debug28", "noise", 1.0, 16)
+    assert [(row.algorithm, row.role, row.method) for row in table.rows] == [
+        *(("KD", "student", method) for method in asked["methods"]),
+        *(("ERM", "teacher", method) for method in asked["methods"]),
+    ]
+    numbers = [json.loads((moved / job.folder / "adaptation.json").read_text())["rows"][0]["acc_s"] for job in jobs[:3]]
+    assert list(table.rows[0].values["acc_s"].numbers) == [pytest.approx(sum(numbers) / 3)]
+    for name, show in ADAPTATION_FORMATS.items():
+        assert "noise" in show([table]), name
+    content = json.loads(ADAPTATION_FORMATS["json"]([table]))
+    assert (content["schema"], content["adaptation"][0]["rows"][0]["values"]["acc_s"]["n"]) == (1, 1)
+    assert show_results(moved) == before
+    with pytest.raises(UsageError, match="batch_size 16, not 8"):
+        write_evaluations(moved, plan_adaptations(moved, asked | {"batch_size": 8}))
 
 
 def test_a_plan_that_holds_evaluations_plans_no_runs_by_them(root: Path, tmp_path: Path) -> None:

@@ -580,6 +580,18 @@ def test_flags_of_another_launcher_are_refused(sweep: Sweep) -> None:
     assert "add --command_launcher ray" in sweep.refuse("launch", *ERM, "--ray_address", "here:1")
 
 
+@pytest.mark.parametrize(
+    ("command", "flags", "says"),
+    [
+        ("launch", ["--batch_size", "32"], "--batch_size is for 'sweep adapt', and this is 'sweep launch'"),
+        ("evaluate", ["--strong_ood", "noise"], "--strong_ood is for 'sweep adapt'"),
+        ("adapt", ["--suite", "quick"], "--suite is for 'sweep evaluate'"),
+    ],
+)
+def test_flags_of_another_question_are_refused(sweep: Sweep, command: str, flags: list[str], says: str) -> None:
+    assert says in sweep.refuse(command, *flags)
+
+
 def test_run_that_is_begun_while_it_is_asked_is_not_deleted(
     sweep: Sweep, motley: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,1 @@
+"""Test-time training on a stream of a held-out domain, mixed with images of no known class."""

@@ -1,0 +1,49 @@
+"""The tables of docs/adaptation.md are what the committed records say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from daft_domainbed.adaptation.methods import METHODS
+from tools import adaptation
+
+
+def make_record(right: list[int], strong_ood: str | None) -> dict[str, Any]:
+    """One domain's streams, of which every method makes the same."""
+    outside = {"rejected": 10, "n_strong": 20} if strong_ood else {"rejected": 0, "n_strong": 0}
+    counts = [{"right": n, "answered": n + 2, "n_weak": 20, **outside} for n in right]
+    findings = {f"{method} | {k}": found for method in METHODS for k, found in enumerate(counts)}
+    return {"kind": "streams", "algorithm": "KD", "settings": {"strong_ood": strong_ood}, "findings": findings}
+
+
+def test_a_number_is_a_mean_over_domains_and_its_error_is_over_orders() -> None:
+    records = [make_record(right, strong_ood) for strong_ood in ("noise", None) for right in ([4, 8], [8, 10])]
+    head, _, row, *rows = adaptation.make_accuracy_table(records, "noise").splitlines()
+    assert head == "| model | method | right | ACC_S | ACC_N | ACC_H |"
+    # Orders: means of 20 and 40, 40 and 50; harmonic means with 50.
+    assert row == "| KD | source | 47.5 ± 7.5 | 37.5 ± 7.5 | 50.0 ± 0.0 | 41.9 ± 5.4 |"
+    assert len(rows) == len(METHODS) - 1
+    closed = adaptation.make_accuracy_table(records, None).splitlines()
+    assert closed[2] == "| KD | source | 47.5 ± 7.5 | 37.5 ± 7.5 |"
+
+
+def test_cost_is_of_all_streams_with_outside_images() -> None:
+    streams = [{"kind": "streams", "settings": {"strong_ood": name}, "seconds": {}} for name in ("noise", None)]
+    for k, record in enumerate(streams):
+        record["seconds"] = {f"{method} | {trial}": 1.0 + trial + 9 * k for method in METHODS for trial in range(3)}
+    costs = [{"kind": "cost", "method": method, "peak_mb": 512.4} for method in METHODS]
+    table = adaptation.make_cost_table([*streams, *costs]).splitlines()
+    assert table[2] == "| source | 3 | 2.0 | 512 |"
+
+
+def test_the_packages_digits_are_written_as_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, labels = adaptation.load_digits()
+    monkeypatch.setattr(adaptation, "load_digits", lambda: (images[:3], labels[:3]))
+    folder = adaptation.write_digits(tmp_path / "digits")
+    assert [path.name for path in sorted(folder.iterdir())] == ["0000.png", "0001.png", "0002.png"]
+    with Image.open(folder / "0000.png") as image:
+        assert image.size == (28, 28)
