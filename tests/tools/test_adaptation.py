@@ -31,13 +31,24 @@ def test_a_number_is_a_mean_over_domains_and_its_error_is_over_orders() -> None:
     assert closed[2] == "| KD | source | 47.5 ± 7.5 | 37.5 ± 7.5 |"
 
 
-def test_cost_is_of_all_streams_with_outside_images() -> None:
-    streams = [{"kind": "streams", "settings": {"strong_ood": name}, "seconds": {}} for name in ("noise", None)]
-    for k, record in enumerate(streams):
-        record["seconds"] = {f"{method} | {trial}": 1.0 + trial + 9 * k for method in METHODS for trial in range(3)}
-    costs = [{"kind": "cost", "method": method, "peak_mb": 512.4} for method in METHODS]
-    table = adaptation.make_cost_table([*streams, *costs]).splitlines()
-    assert table[2] == "| source | 3 | 2.0 | 512 |"
+def test_cost_is_a_median() -> None:
+    costs = [{"kind": "cost", "method": method, "seconds": [1.0, 1.5, 9.0], "peak_mb": 512.4} for method in METHODS]
+    assert adaptation.make_cost_table(costs).splitlines()[2] == "| source | 1.500 | 512 |"
+
+
+def test_rates_are_means_over_models() -> None:
+    def count(right: int) -> dict[str, int]:
+        return {"right": right, "answered": right + 1, "n_weak": 10, "rejected": 5, "n_strong": 10}
+
+    records = [
+        {"kind": "rate", "rate": rate, "training": [count(9)] * 2, "held-out": [count(right), count(right + 2)]}
+        for rate in adaptation.RATES
+        for right in (2, 4)
+    ]
+    head, _, row, *rows = adaptation.make_rates_table(records).splitlines()
+    assert head.startswith("| learning rate | training: right | training: ACC_S |")
+    assert row == "| test | 100 | 90.0 | 50.0 | 64.3 | 50.0 | 40.0 | 50.0 | 43.0 |"  # of 20, 40, 40 and 60
+    assert len(rows) == len(adaptation.RATES) - 1
 
 
 def test_the_packages_digits_are_written_as_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
