@@ -7,7 +7,7 @@ ARGS ?=
 
 # Three workers on the two cores that any machine has: one of them often waits for a service. Who has nothing left
 # takes tests of the others.
-PYTEST := $(BIN)/pytest -n 3 --dist worksteal --durations=10
+PYTEST := pytest -n 3 --dist worksteal --durations=10
 
 .PHONY: help venv demo claim pages test test-long lint format
 
@@ -29,10 +29,10 @@ pages: claim  ## the same, and every table in docs/ that follows from the code o
 	$(BIN)/python -m tools.laptop write
 
 test: lint  ## lint, types, the whole suite with doctests and coverage; CI runs the same
-	$(PYTEST) --cov --cov-report=term
+	$(BIN)/python -m slipcover -m $(PYTEST)
 
 test-long: $(VENV)/develop.stamp  ## kill runs at random moments, over and over: what make test leaves out
-	$(PYTEST) -m long
+	$(BIN)/$(PYTEST) -m long
 
 lint: $(VENV)/develop.stamp  ## check the format, style and types
 	$(BIN)/ruff format --check .

@@ -6,7 +6,6 @@ Here, not in `tests/`, so that it holds for the examples in docstrings, too.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Generator
 from typing import Any
 
@@ -23,7 +22,6 @@ os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
 os.fsync = lambda file: None  # type: ignore[assignment]
 
 STATES = pytest.StashKey[dict[str, Any]]()
-IS_REPEATED = pytest.StashKey[bool]()
 
 
 @pytest.fixture(autouse=True)
@@ -39,26 +37,6 @@ def own_states() -> Generator[None]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with those that wait the longest, for services, while the other workers compute."""
     items.sort(key=lambda item: item.path.name not in ("test_slurm.py", "test_ray.py"))
-    names = set()
-    for item in items:
-        name = item.nodeid.partition("[")[0]
-        item.stash[IS_REPEATED] = name in names or hasattr(getattr(item, "obj", None), "is_hypothesis_test")
-        names.add(name)
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
-    """Measure no coverage of a test's further parameters and of examples by the hundred: it takes a third of the time.
-
-    What a report says is covered is covered, then, and a little more may be.
-    """
-    tracer = sys.gettrace()
-    if item.stash[IS_REPEATED]:
-        sys.settrace(None)
-    try:
-        return (yield)
-    finally:
-        sys.settrace(tracer)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -63,8 +63,8 @@ setup(
     extras_require={
         "test": [
             "pytest>=8.0",
-            "pytest-cov>=7.0",
             "pytest-xdist>=3.5",
+            "slipcover>=1.1",
             "hypothesis>=6.100",
             "foolbox>=3.3.4",
             "efficientnet-lite-pytorch>=0.1",

@@ -224,6 +224,22 @@ def replace_pickle() -> Callable[[Path, Path, bytes], None]:
     return copy_with_pickle
 
 
+@pytest.fixture(scope="module")
+def few_lists() -> Iterator[None]:
+    """Has `DocRanking` sixty lists a package, of which four are attacked for the records."""
+    from daft_domainbed.embedded import documents
+    from daft_domainbed.training import lists
+
+    def load_few(package: str, load: Callable[[str], Any] = documents.load_package) -> Any:
+        whole = load(package)
+        return documents.ListsDomain(whole.queries[:60], whole.documents, whole.candidates[:60], whole.places[:60])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(documents, "load_package", load_few)
+        patch.setattr(lists, "N_ATTACKED", 4)
+        yield
+
+
 FOLDER_HPARAMS = {"input_size": 16, "batch_size": 4}
 
 

@@ -146,16 +146,13 @@ def _become(argv: list[str], environment: dict[str, str], folder: str, files: di
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", 1)))
-    try:
-        if argv[0] == "-m":
-            sys.argv = argv[1:]
-            sys.modules.pop(argv[1], None)
-            runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
-        else:
-            sys.argv = argv
-            runpy.run_path(argv[0], run_name="__main__")
-    finally:
-        _save_coverage()
+    if argv[0] == "-m":
+        sys.argv = argv[1:]
+        sys.modules.pop(argv[1], None)
+        runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = argv
+        runpy.run_path(argv[0], run_name="__main__")
 
 
 def _take_files(files: dict[int, _Handle]) -> None:
@@ -166,14 +163,6 @@ def _take_files(files: dict[int, _Handle]) -> None:
         os.close(descriptor)
     _KEPT.extend([sys.stdin, sys.stdout, sys.stderr])
     sys.stdin, sys.stdout, sys.stderr = open(0, closefd=False), sys.__stdout__, sys.__stderr__  # noqa: SIM115
-
-
-def _save_coverage() -> None:
-    """What a process does at its exit, and one that multiprocessing ends does not."""
-    coverage = sys.modules.get("coverage")
-    if coverage and (measured := coverage.Coverage.current()):
-        measured.stop()
-        measured.save()
 
 
 def wait_until(condition: Callable[[], Any], what: str = "what was waited for", seconds: float = 120.0) -> None:

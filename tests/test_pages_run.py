@@ -46,6 +46,8 @@ def shrink(words: list[str]) -> list[str]:
         if flag in words:
             words[words.index(flag) + 1] = value
     name = " ".join(words[:2])
+    if name == "sweep rerun":
+        words[words.index("--n_trials") + 1] = "2"
     if words[0] in ("train", "run") or name == "sweep launch" and "--datasets" in words:
         hparams = TINY | ({"teacher_backbone": "resnet8_w2"} if "KD" in words else {})
         if "--hparams" in words:

@@ -3,7 +3,7 @@
     python -m tools.count_passes
 
 Prints a Markdown table. A pass is one of a whole batch through a backbone, in updates with each method's defaults on
-EmojiStyles and a tiny network; where lambda is drawn, the mean over batches. Backward passes are those that reach the
+Debug28 and a tiny network; where lambda is drawn, the mean over batches. Backward passes are those that reach the
 backbone's output, whether for its weights or for the image.
 """
 
@@ -93,7 +93,7 @@ def count_passes(algorithm: Any, others: Sequence[nn.Module], minibatches: Seque
 def measure(case: Case, folder: Path) -> dict[str, float]:
     """Return the passes of a step, in batches."""
     with torch.random.fork_rng(devices=[]):
-        bench = Workbench(folder, "embedded", case.name, "EmojiStyles", {**TINY, **case.hparams}, steps=2)
+        bench = Workbench(folder, "embedded", case.name, "Debug28", {**TINY, **case.hparams}, steps=2)
         algorithm = bench.build()
         teachers = [] if case.name in ("FAAL", "CaRot") else bench.teachers.values()  # which these start from
         others = [teacher.model.featurizer for teacher in teachers]

@@ -9,6 +9,8 @@ import pytest
 from daft_domainbed.methods import METHODS
 from daft_domainbed.testing import AlgorithmContract
 
+pytestmark = pytest.mark.usefixtures("few_lists")
+
 # What a row needs beside what is small for all.
 HPARAMS = {"CLIP": {"backbone": "open_clip/small"}, "CaRot": {"teacher_backbone": "open_clip/small"}}
 
@@ -17,7 +19,6 @@ for _name in METHODS:
     globals()[f"Test{_name}"] = type(f"Test{_name}", (AlgorithmContract,), content)
 
 
-@pytest.mark.slow
 class TestPIATOnTexts(AlgorithmContract):
     """Lists of texts in the place of images; the natural ranker that static examples ask for, too."""
 

@@ -312,17 +312,22 @@ def limit_memory(monkeypatch: pytest.MonkeyPatch, most: int, error: Exception) -
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("[enforce fail] can't allocate memory")]
+    ("error", "suite"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), "standard"),
+        (RuntimeError("[enforce fail] can't allocate memory"), "quick"),
+    ],
 )
 def test_a_batch_beyond_the_memory_is_taken_in_parts(
     judge: Callable[..., dict[str, Any]],
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
     error: Exception,
+    suite: str,
 ) -> None:
-    whole = drop_cost(judge("erm", "whole", suite="standard", n_examples=5, norm=["linf"]))
+    whole = drop_cost(judge("erm", "whole", suite=suite, n_examples=3, norm=["linf"]))
     limit_memory(monkeypatch, 2, error)
-    assert drop_cost(judge("erm", "parts", suite="standard", n_examples=5, norm=["linf"])) == whole
+    assert drop_cost(judge("erm", "parts", suite=suite, n_examples=3, norm=["linf"])) == whole
     assert "2 images at a time" in capfd.readouterr().err
 
 

@@ -138,7 +138,7 @@ def test_list_imports_nothing_heavy() -> None:
     assert "json" in modules and "torch" not in modules
 
 
-MEASURED = ["small_job", "daft_step", "pretrained_step", "resume_file", "collect_results"]
+MEASURED = ["small_job", "daft_step", "resume_file", "collect_results"]
 
 
 @pytest.fixture(scope="module")

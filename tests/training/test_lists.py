@@ -17,8 +17,7 @@ FLAGS = {"dataset": "DocRanking", "test_envs": [2], "steps": 2, "checkpoint_freq
 
 
 @pytest.fixture
-def run(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("daft_domainbed.training.lists.N_ATTACKED", 4)
+def run(tiny: Any, few_lists: None) -> Path:
     return tiny.train("lists", {"backbone": "ranker_w4", "batch_size": 2}, algorithm="ERM", **FLAGS)
 
 
