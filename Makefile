@@ -29,7 +29,8 @@ pages: claim  ## the same, and every table in docs/ that follows from the code o
 	$(BIN)/python -m tools.laptop write
 
 test: lint  ## lint, types, the whole suite with doctests and coverage; CI runs the same
-	$(BIN)/python -m slipcover -m $(PYTEST)
+	$(BIN)/python -m slipcover --json --out .coverage.json -m $(PYTEST)
+	$(BIN)/python -m slipcover --fail-under 90 --merge .coverage.json --out .coverage.json
 
 test-long: $(VENV)/develop.stamp  ## kill runs at random moments, over and over: what make test leaves out
 	$(BIN)/$(PYTEST) -m long
