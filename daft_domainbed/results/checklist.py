@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from daft_domainbed.results.draws import list_chosen, list_varying
-from daft_domainbed.results.grids import Grid, to_csv, to_latex, to_markdown, to_text
+from daft_domainbed.results.grids import Grid, to_csv, to_markdown, to_text, to_wrapped_latex
 from daft_domainbed.results.plans import order_algorithms
 from daft_domainbed.results.records import Run
 from daft_domainbed.results.sweeps import Sweep
@@ -194,7 +194,7 @@ def _to_csv(checklist: Checklist) -> str:
 FORMATS: dict[str, Callable[[Checklist], str]] = {
     "text": lambda checklist: to_text(lay_out_checklist(checklist)),
     "markdown": lambda checklist: to_markdown(lay_out_checklist(checklist)),
-    "latex": lambda checklist: to_latex(lay_out_checklist(checklist)),
+    "latex": lambda checklist: to_wrapped_latex(lay_out_checklist(checklist)),
     "csv": _to_csv,
     "json": lambda checklist: json.dumps(asdict(checklist), indent=1) + "\n",
 }

@@ -8,7 +8,14 @@ from collections.abc import Callable
 from pathlib import PurePosixPath
 from typing import Any
 
-from daft_domainbed.results.grids import NEEDS_BOOKTABS, escape_latex, escape_markdown, to_csv
+from daft_domainbed.results.grids import (
+    NEEDS_PACKAGES,
+    escape_latex,
+    escape_markdown,
+    to_csv,
+    write_latex_table,
+    write_latex_text,
+)
 from daft_domainbed.results.missing import Missing
 from daft_domainbed.results.sweeps import Sweep
 from daft_domainbed.results.tables import Number, Results, Row, average_datasets, read_hparams
@@ -164,8 +171,8 @@ def format_markdown(results: Results) -> str:
 
 
 def format_latex(results: Results) -> str:
-    r"""Return LaTeX tables for \usepackage{booktabs}, the best student bold."""
-    blocks = [NEEDS_BOOKTABS]
+    """Return LaTeX tables, the best student bold."""
+    blocks = [NEEDS_PACKAGES]
     not_asked = []
     for table in [*results.tables, *average_datasets(results)]:
         if not table.is_asked:
@@ -183,14 +190,12 @@ def format_latex(results: Results) -> str:
                 text = escape_latex(f"{value} {error}".strip())
                 cells.append((rf"\textbf{{{text}}}" if best else text) + (rf"$^{{{number}}}$" if number else ""))
             rows.append(" & ".join(cells) + r" \\")
-        caption = escape_latex(table.caption or f"{layout.title}. {layout.caption}")
+        caption = write_latex_text(table.caption or f"{layout.title}. {layout.caption}")
         footnotes = [
-            rf"\par\footnotesize $^{{{i}}}$ {escape_latex(note)}" for i, note in enumerate(layout.footnotes, 1)
+            rf"\par\footnotesize $^{{{i}}}$ {write_latex_text(note)}" for i, note in enumerate(layout.footnotes, 1)
         ]
-        footnotes += [rf"\par\footnotesize Networks: {escape_latex(layout.sizes)}."] if layout.sizes else []
-        top = [r"\begin{table}", r"\centering", rf"\caption{{{caption}}}", rf"\begin{{tabular}}{{l{columns}}}"]
-        body = [r"\toprule", headers + r" \\", r"\midrule", *rows, r"\bottomrule", r"\end{tabular}"]
-        blocks.append("\n".join([*top, *body, *footnotes, r"\end{table}"]))
+        footnotes += [rf"\par\footnotesize Networks: {write_latex_text(layout.sizes)}."] if layout.sizes else []
+        blocks.append(write_latex_table(caption, f"l{columns}", headers + r" \\", rows, footnotes))
     return "\n\n".join([*blocks, *("% " + line for line in _summarise_missing(results)), *not_asked]) + "\n"
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from daft_domainbed.cli import run_command
 from daft_domainbed.errors import UsageError
+from daft_domainbed.results.grids import escape_latex, write_latex_text
 from daft_domainbed.results.sweeps import read_sweep
 from daft_domainbed.results.tables import build_results
 from tests.results.conftest import fill_full_sweep, find_job, find_row, read_json
@@ -119,9 +120,28 @@ def test_checklist(sweep, show: Show) -> None:
     assert 'set by hand: {"x": 1}' in found["notes"] and "cpu: a CPU" in found["notes"]
     text = show("--checklist")
     assert "ERM teacher" in text and "draw 3 of trial 1 in ../search" in text
-    assert r"KD & 2 & 3 & 6 & 11 & 2 & 1 & none & draw 3 of trial 1" in show("--checklist", "--format", "latex")
+    latex = show("--checklist", "--format", "latex")
+    assert r" & ERM & KD & DAFT & ERM teacher & AFT teacher \\" in latex and r"jobs & 7 & 6 & 6 & 6 & 6 \\" in latex
+    assert r" & draw 3 of trial 1 in ../\allowbreak{}search (lr 0.25) & defaults & as given & as given \\" in latex
     assert show("--checklist", "--format", "csv").splitlines()[0].startswith("dataset,algorithm,role,n_trials,")
     assert "| KD | 2 | 3 | 6 |" in show("--checklist", "--format", "markdown")
+
+
+@pytest.mark.parametrize("flags", [(), ("--compare", "DAFT", "KD"), ("--checklist",)])
+def test_latex_tables_are_no_wider_than_the_text(sweep, show: Show, flags: tuple[str, ...]) -> None:
+    """Each tabular is the content of a box that shrinks to the line; pages compiled by a LaTeX: docs/whole_way.md."""
+    fill_full_sweep(sweep, trials=1)
+    latex = show(*flags, "--format", "latex")
+    box = r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%" + "\n" + r"\begin{tabular}"
+    assert latex.count(box) == latex.count(r"\end{tabular}}") == latex.count(r"\begin{table}") > 0
+    assert latex.startswith(r"% Needs \usepackage{array,booktabs,graphicx}.")
+
+
+def test_lines_of_latex_may_break_inside_long_names() -> None:
+    text = 'a_b/c {"lr":1,"x":"y"} at 10:30, 1/2'
+    broken = write_latex_text(text)
+    assert broken == r'a\_\allowbreak{}b/\allowbreak{}c \{"lr":1,\allowbreak{}"x":"y"\} at 10:30, 1/2'
+    assert broken.replace(r"\allowbreak{}", "") == escape_latex(text)
 
 
 def test_figures_are_two_files_each_and_a_function_of_the_records(sweep, show: Show, tmp_path: Path) -> None:
