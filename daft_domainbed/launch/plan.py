@@ -17,12 +17,12 @@ from daft_domainbed.errors import UsageError
 from daft_domainbed.host.contract import DatasetFacts, Host, describe_dataset, find_host, get_algorithm_class
 from daft_domainbed.hparams import parse_json, split_hparams
 from daft_domainbed.launch.job import Job, group_by_depth
-from daft_domainbed.launch.plan_file import keep_first_network
 from daft_domainbed.methods import STUDENT, list_stages, name_stage
 from daft_domainbed.plugin.defaults import check_own_hparams, check_user_hparams, get_known_hparams
 from daft_domainbed.plugin.registration import list_sources, list_unimportable, register
 from daft_domainbed.runtime.layout import TEACHERS_FOLDER
 from daft_domainbed.teachers.plan import list_slots_to_make, plan_teacher
+from daft_domainbed.training.first_network import keep_first_network
 from daft_domainbed.training.prepare import Prepared, check_test_envs, choose_hparams, prepare_first_runs
 
 
@@ -138,6 +138,23 @@ def _keep_known(host: Host, user: Mapping[str, Any], algorithm: str, dataset: Da
     known = {name for stage in stages for name in get_known_hparams(host, stage, dataset, shared | own)}
     kept = {name: value for name, value in shared.items() if name in known}
     return kept | ({algorithm: own} if own else {})
+
+
+def forget_unknown(sweep: SweepArgs) -> SweepArgs:
+    """Return a sweep without the hyperparameters that none of its algorithms knows: it had more of them before.
+
+    Raises:
+        UsageError: An unknown name.
+    """
+    host, user = find_host(sweep.host), parse_json(sweep.hparams)
+    register(host)
+    known: dict[str, Any] = {}
+    for name in sweep.datasets:
+        dataset = describe_dataset(host, name, user, sweep.data.get(name, {}).get("data_path"))
+        for algorithm in sweep.algorithms:
+            known |= _keep_known(host, user, algorithm, dataset)
+    kept = {name: value for name, value in user.items() if name in known}
+    return sweep if kept == user else replace(sweep, hparams=json.dumps(kept) if kept else None)
 
 
 def _add_chosen(

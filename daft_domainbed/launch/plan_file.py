@@ -12,13 +12,13 @@ from typing import Any
 from daft_domainbed.arguments import SweepArgs, TrainArgs, get_defaults, get_identity, list_differences
 from daft_domainbed.errors import UsageError
 from daft_domainbed.host.contract import describe_dataset, find_host
-from daft_domainbed.hparams import parse_json, split_hparams
+from daft_domainbed.hparams import parse_json
 from daft_domainbed.launch.job import Job
-from daft_domainbed.methods import STUDENT, find_method
-from daft_domainbed.plugin.defaults import had_first_network
+from daft_domainbed.methods import STUDENT
 from daft_domainbed.runtime.files import write_text
 from daft_domainbed.runtime.layout import PLAN_FILE, QUEUE_FILE, RECORDS_FILE
 from daft_domainbed.runtime.locks import acquire, is_claimed
+from daft_domainbed.training.first_network import keep_first_network
 
 SCHEMA = 2
 _SMALLER_STUDENTS = 2  # the schema from which on small images of one's own have the smaller student
@@ -170,17 +170,6 @@ def check_plan(sweep: SweepArgs) -> bool:
     """
     old = _read_begun(Path(sweep.output_dir) / PLAN_FILE, sweep)
     return old is not None and old["schema"] < _SMALLER_STUDENTS
-
-
-def keep_first_network(args: TrainArgs) -> TrainArgs:
-    """Return the arguments of a student of a sweep of before, with the network that was its default then."""
-    given = parse_json(args.hparams)
-    shared, own = split_hparams(given, args.algorithm)
-    has_network = find_method(args.algorithm).has_own_architecture
-    if not has_network or not had_first_network(args.dataset, shared | own):
-        return args
-    given[args.algorithm] = {"backbone": "default"} | own
-    return replace(args, hparams=json.dumps(given, sort_keys=True))
 
 
 def _read_stored(root: Path) -> dict[str, Any]:

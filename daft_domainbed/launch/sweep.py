@@ -58,6 +58,7 @@ def collect_rerun_args(given: dict[str, Any]) -> SweepArgs:
     Raises:
         UsageError: No search is named, or there is nothing to choose from in it.
     """
+    from daft_domainbed.launch.plan import forget_unknown
     from daft_domainbed.launch.plan_file import read_jobs
     from daft_domainbed.launch.rerun import HOW, plan_rerun
     from daft_domainbed.launch.states import is_done
@@ -72,6 +73,8 @@ def collect_rerun_args(given: dict[str, Any]) -> SweepArgs:
     root = Path(given["search"])
     jobs = read_jobs(root)
     search = collect_sweep_args(own | {"output_dir": str(root)})
+    if "hparams" not in given:  # of the search, which may have more algorithms
+        search = forget_unknown(search)
     if left := sum(not is_done(root / job.folder) for job in jobs):
         print(f"{root}: {left} of {len(jobs)} jobs are not done; chosen among those that are", file=sys.stderr)
     sweep, settings = plan_rerun(

@@ -36,6 +36,7 @@ from daft_domainbed.teachers.find import find_teachers
 from daft_domainbed.training import resume
 from daft_domainbed.training.averaging import WeightAverage
 from daft_domainbed.training.faults import check_update, explain_missing_hparams
+from daft_domainbed.training.first_network import go_on_as_begun
 from daft_domainbed.training.lists import ListMeasures
 from daft_domainbed.training.precision import Precision, find_drawback
 from daft_domainbed.training.prepare import Prepared, check_data, gather_facts, prepare
@@ -88,6 +89,7 @@ def train(
                 return folder
             for leftover in folder.glob(".*.tmp"):  # what a killed owner left half written
                 leftover.unlink(missing_ok=True)
+            run = go_on_as_begun(run, folder, saved) if saved else run
             _Run(run, folder, claim, Log(folder, quiet=quiet), on_step).execute(saved)
     finally:
         if is_new:

@@ -17,7 +17,8 @@ from daft_domainbed.errors import UsageError
 from daft_domainbed.host.contract import find_host
 from daft_domainbed.launch.job import Job
 from daft_domainbed.launch.plan import list_test_envs, make_plan
-from daft_domainbed.launch.plan_file import check_plan, keep_first_network, read_jobs, read_sweep_args, write_plan
+from daft_domainbed.launch.plan_file import check_plan, read_jobs, read_sweep_args, write_plan
+from daft_domainbed.training.first_network import keep_first_network
 from daft_domainbed.training.prepare import prepare
 
 TINY = {"batch_size": 8, "backbone": "resnet8_w2", "teacher_backbone": "resnet8_w4"}

@@ -148,6 +148,24 @@ def test_plan_is_found_again_and_says_where_it_comes_from(
     assert [job.folder for job in read_jobs(tmp_path / "new")] == first
 
 
+def test_fewer_algorithms_leave_behind_what_they_do_not_know(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(launchers._BUILT_IN, "nobody", lambda: lambda *args: {})
+    user = {"kd_weight": 0.5, "batch_size": 8, "KD": {"lr": 0.1}, "ERM": {"lr": 0.2}}
+    sweep = make_sweep(tmp_path / "search", "ERM", "KD", user=user)
+    write_plan(sweep, make_plan(sweep))
+    pretend(tmp_path / "search", make_plan(sweep), {})
+    new = tmp_path / "new"
+    flags = ["--from", sweep.output_dir, "--output_dir", str(new), "--n_trials", "1", "--algorithms", "ERM"]
+    flags += ["--command_launcher", "nobody", "--skip_confirmation"]
+    assert run_command("sweep", ["rerun", *flags]) == 0
+    stored = parse_json(read_sweep_args(new)["hparams"]).keys()
+    assert stored >= {"batch_size", "ERM"} and not stored & {"kd_weight", "KD"}
+    student = find_student(read_jobs(new), "ERM", 0, 1)
+    assert prepare(student.args).hparams["lr"] == 0.2 and prepare(student.args).hparams["batch_size"] == 8
+    asked = ["--hparams", json.dumps(user), "--output_dir", str(tmp_path / "other")]
+    assert run_command("sweep", ["rerun", *flags, *asked]) == 2  # what is asked for now has to be known
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

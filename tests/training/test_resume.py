@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from daft_domainbed import plugin
+from daft_domainbed.arguments import TrainArgs
 from daft_domainbed.errors import UsageError
 from daft_domainbed.host import contract
 from daft_domainbed.models import weights
@@ -78,6 +79,27 @@ class TestStops:
                 tiny.train("stopped/run", on_step=stop_after(step), **flags)
         tiny.train("stopped/run", **flags)
         assert outcome(tiny.root / "stopped") == outcome(tiny.root / "undisturbed")
+
+    def test_of_a_student_of_before_goes_on_with_its_network(
+        self, tiny: Any, outcome: Outcome, image_folder: Path
+    ) -> None:
+        """Its arguments name no network, and its records say "default", which is another one than today's."""
+
+        def run(folder: str, hparams: dict[str, Any], last: int | None = None) -> None:
+            changes = {"dataset": f"folder:{image_folder}", "steps": 3, "hparams": json.dumps(hparams)}
+            engine.train(TrainArgs(**tiny.make_flags(folder) | changes), quiet=True, on_step=stop_after(last))
+
+        now: dict[str, Any] = {"batch_size": 4, "input_size": 28}
+        before = {"ERM": {"backbone": "default"}} | now
+        run("whole/run", before)
+        with pytest.raises(Stopped):
+            run("stopped/run", before, 2)
+        saved = tiny.root / "stopped" / "run" / "resume.pt"
+        state = weights.load(saved)
+        state["args"]["hparams"] = json.dumps(now)
+        weights.save(state, saved)
+        run("stopped/run", now)
+        assert outcome(tiny.root / "stopped") == outcome(tiny.root / "whole")
 
     def test_within_the_teachers(
         self, tiny: Any, outcome: Outcome, monkeypatch: pytest.MonkeyPatch, shelf: Shelf
