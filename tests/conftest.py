@@ -226,13 +226,13 @@ def replace_pickle() -> Callable[[Path, Path, bytes], None]:
 
 @pytest.fixture(scope="module")
 def few_lists() -> Iterator[None]:
-    """Has `DocRanking` sixty lists a package, of which four are attacked for the records."""
+    """Has `DocRanking` twenty lists a package, of which four are attacked for the records."""
     from daft_domainbed.embedded import documents
     from daft_domainbed.training import lists
 
     def load_few(package: str, load: Callable[[str], Any] = documents.load_package) -> Any:
         whole = load(package)
-        return documents.ListsDomain(whole.queries[:60], whole.documents, whole.candidates[:60], whole.places[:60])
+        return documents.ListsDomain(whole.queries[:20], whole.documents, whole.candidates[:20], whole.places[:20])
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(documents, "load_package", load_few)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -141,11 +142,15 @@ def import_open_clip() -> ModuleType:
 
 def tokenize(name: str, texts: Sequence[str]) -> Tensor:
     """Return the tokens of texts as a model takes them, [N, L]."""
+    tokens: Tensor = _load_tokenizer(name)(list(texts))
+    return tokens
+
+
+@cache
+def _load_tokenizer(name: str) -> Any:
     open_clip = import_open_clip()
     length = _SMALL_CONFIG["text_cfg"]["context_length"]
-    tokenizer = open_clip.SimpleTokenizer(context_length=length) if name == SMALL else open_clip.get_tokenizer(name)
-    tokens: Tensor = tokenizer(list(texts))
-    return tokens
+    return open_clip.SimpleTokenizer(context_length=length) if name == SMALL else open_clip.get_tokenizer(name)
 
 
 def list_templates(name: str) -> tuple[Callable[[str], str], ...]:

@@ -12,7 +12,11 @@ from daft_domainbed.testing import AlgorithmContract
 pytestmark = pytest.mark.usefixtures("few_lists")
 
 # What a row needs beside what is small for all.
-HPARAMS = {"CLIP": {"backbone": "open_clip/small"}, "CaRot": {"teacher_backbone": "open_clip/small"}}
+HPARAMS = {
+    "ADT": {"adt_steps": 2, "adt_samples": 2},
+    "CLIP": {"backbone": "open_clip/small"},
+    "CaRot": {"teacher_backbone": "open_clip/small"},
+}
 
 for _name in METHODS:
     content = {"algorithm": _name, "hparams": HPARAMS.get(_name, {})}
