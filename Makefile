@@ -27,6 +27,7 @@ pages: claim  ## the same, and every table in docs/ that follows from the code o
 	$(BIN)/python -m tools.robustness write
 	$(BIN)/python -m tools.related write
 	$(BIN)/python -m tools.laptop write
+	$(BIN)/python -m tools.whole_way write
 
 test: lint  ## lint, types, the whole suite with doctests and coverage; CI runs the same
 	$(BIN)/python -m slipcover --json --out .coverage.json -m $(PYTEST)

@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -234,20 +235,28 @@ def show_page(lines: Sequence[Mapping[str, Any]]) -> str:
     blocks = [
         "<!-- written by python -m tools.whole_way write, from sweeps/whole_way/record.jsonl -->\n"
         "# The whole way, on data of one's own",
-        "From a folder of images to the table of a paper and a model for others: every command, how long it took and "
-        "what it printed. The pages behind it are [from search to paper](search_to_paper.md) and [using a trained "
-        "model](using_a_model.md).",
+        _fill(
+            "From a folder of images to the table of a paper and a model for others: every command, how long it took "
+            "and what it printed. The pages behind it are [from search to paper](search_to_paper.md) and "
+            "[using a trained model](using_a_model.md)."
+        ),
         make_table(["step", "seconds"], rows),
-        proof,
-        f"Of an output of more than {MOST_LINES} lines the first and the last {SHOWN} are shown; nothing else is left "
-        "out. The networks are tiny and trained for seconds: the numbers say how the way goes, not which method is "
-        "better.",
+        _fill(proof),
+        _fill(
+            f"Of an output of more than {MOST_LINES} lines the first and the last {SHOWN} are shown; nothing else is "
+            "left out. The networks are tiny and trained for seconds: the numbers say how the way goes, not which "
+            "method is better."
+        ),
     ]
     for i, line in enumerate(walked, 1):
-        blocks += [f"## {i}. {line['title']}", texts.get(line["title"], ""), f"```sh\n{line['commands']}\n```"]
+        blocks += [f"## {i}. {line['title']}", _fill(texts.get(line["title"], "")), f"```sh\n{line['commands']}\n```"]
         output = "\n".join(shorten(line["output"]))
         blocks += [f"{line['seconds']:.1f} s:", f"```text\n{output}\n```"]
     return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def _fill(text: str) -> str:
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def read_record() -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -10,7 +11,20 @@ import pytest
 from PIL import Image
 
 from tools import whole_way
-from tools.whole_way import Step
+from tools.whole_way import STEPS, Step
+
+
+def test_page_is_what_the_record_says() -> None:
+    assert whole_way.PAGE.read_text(encoding="utf-8") == whole_way.show_page(whole_way.read_record()), "make pages"
+
+
+def test_record_is_of_the_commands_of_today() -> None:
+    """A step's commands are those that the tool would run, and nothing in the record says where it ran."""
+    _, *walked = whole_way.read_record()
+    assert [line["title"] for line in walked] == [step.title for step in STEPS]
+    for line, step in zip(walked, STEPS, strict=True):
+        assert re.fullmatch(re.escape(step.commands).replace("RUN", r"runs/paper/\w+"), line["commands"])
+    assert not re.search(r"(?<![\w.}])/(root|home|tmp|work|usr)/", whole_way.RECORD.read_text(encoding="utf-8"))
 
 
 def test_data_are_four_domains_of_three_classes(tmp_path: Path) -> None:
