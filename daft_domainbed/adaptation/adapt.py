@@ -10,7 +10,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,21 +20,21 @@ import torch
 from daft_domainbed.adaptation.card import format_card
 from daft_domainbed.adaptation.methods import METHODS, Adapter
 from daft_domainbed.adaptation.network import Network
-from daft_domainbed.adaptation.record import build_rows, name_stream
+from daft_domainbed.adaptation.record import build_rows, count_trials, name_stream
 from daft_domainbed.adaptation.sources import LABELS, SourceStatistics, measure_sources
 from daft_domainbed.adaptation.stream import Stream, make_stream
 from daft_domainbed.adaptation.threshold import AdaptiveThreshold
 from daft_domainbed.errors import UsageError
 from daft_domainbed.evaluation.journal import Journal
-from daft_domainbed.evaluation.outside import find_outside
+from daft_domainbed.evaluation.outside import find_outside, name_outside
 from daft_domainbed.evaluation.progress import Progress
 from daft_domainbed.evaluation.subject import Subject, load_subject
-from daft_domainbed.models.weights import save
+from daft_domainbed.models.weights import load, save
 from daft_domainbed.runtime import stopping
 from daft_domainbed.runtime.files import write_text
 from daft_domainbed.runtime.layout import ADAPTATION_FILE, ADAPTATION_FOLDER, DONE_FILE
 from daft_domainbed.runtime.locks import acquire
-from daft_domainbed.runtime.machine import find_device, measure_peak_memory
+from daft_domainbed.runtime.machine import describe_machine, find_device, measure_peak_memory
 from daft_domainbed.runtime.randomness import preserve_states
 
 CARD_FILE = "adaptation.md"
@@ -69,16 +69,24 @@ class AdaptArgs:
     device: str = "auto"
 
 
+def name_streams(test_env: int, strong_ood: str, strong_ratio: float) -> str:
+    """Return what the files of an adaptation to such streams are called.
+
+    Example:
+        >>> name_streams(0, "folder:/data/textures", 0.5)
+        '0-folder_textures-0.5'
+    """
+    return f"{test_env}-{re.sub('[^A-Za-z0-9._-]+', '_', name_outside(strong_ood))}-{strong_ratio:g}"
+
+
 def name_folder(test_env: int, strong_ood: str, strong_ratio: float) -> str:
     """Return the folder of an adaptation below its checkpoint's.
 
     Example:
-        >>> name_folder(0, "folder:/data/textures", 0.5)
-        'adaptation/0-folder_textures-0.5'
+        >>> name_folder(0, "noise", 1)
+        'adaptation/0-noise-1'
     """
-    place = strong_ood.removeprefix("folder:")
-    name = f"folder:{Path(place).name}" if place != strong_ood else strong_ood
-    return f"{ADAPTATION_FOLDER}/{test_env}-{re.sub('[^A-Za-z0-9._-]+', '_', name)}-{strong_ratio:g}"
+    return f"{ADAPTATION_FOLDER}/{name_streams(test_env, strong_ood, strong_ratio)}"
 
 
 def adapt(args: AdaptArgs, *, on_step: Callable[[int, int], None] | None = None) -> tuple[dict[str, Any], str]:
@@ -101,11 +109,13 @@ def adapt(args: AdaptArgs, *, on_step: Callable[[int, int], None] | None = None)
         raise UsageError(f"--save: none of {', '.join(args.methods)} leaves a checkpoint that is adapted; add {able}")
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
-    subject = load_subject(path, "model", device=find_device(args.device), data_dir=args.data_dir, host=args.host)
+    subject = load_subject(
+        args.checkpoint, "model", device=find_device(args.device), data_dir=args.data_dir, host=args.host
+    )
     if args.test_env not in subject.held_out:
         known = ", ".join(f"{i} ({subject.environments[i]})" for i in subject.held_out)
         raise UsageError(f"--test_env {args.test_env}: {path} held out {known}; it has seen the others in training")
-    outside = find_outside(args.strong_ood, subject, args.data_dir) if args.strong_ratio else None
+    outside = find_outside(args.strong_ood, subject, args.data_dir, [args.test_env]) if args.strong_ratio else None
     stream = make_stream(subject, args.test_env, outside, args.strong_ratio, args.seed)
     if outside is not None:
         wanted = round(args.strong_ratio * len(stream.weak))
@@ -164,6 +174,9 @@ class _Adaptation:
             "n_strong": len(stream.strong),
             "source_labels": LABELS,
         }
+        if stream.outside and stream.outside.fingerprint:
+            self.settings["outside"] = stream.outside.fingerprint
+        self.machine = describe_machine(subject.model.device, "fp32")
 
     def execute(self) -> tuple[dict[str, Any], str]:
         """Meet the streams that were not met, and return json and card."""
@@ -181,34 +194,42 @@ class _Adaptation:
                 self._meet(journal, name, trial, progress)
                 if self.on_step is not None:
                     self.on_step(k + 1, len(asked))
-            record = {
-                "schema": 1,
-                "checkpoint": str(args.checkpoint),
-                "test_env": args.test_env,
-                "strong_ood": self.settings["strong_ood"] or args.strong_ood,
-                "strong_ratio": args.strong_ratio,
-                "batch_size": args.batch_size,
-                "rows": build_rows(journal.findings, args.methods, args.n_trials),
-            }
-            write_text(self.folder / ADAPTATION_FILE, json.dumps(record, indent=1) + "\n")
-            card = format_card(record, self.settings, journal)
-            write_text(self.folder / CARD_FILE, card)
+            # What is stored is all that was ever met, whatever this call asks for.
+            stored = self._build_record(journal, count_trials(journal.findings, tuple(METHODS)))
+            write_text(self.folder / ADAPTATION_FILE, json.dumps(stored, indent=1) + "\n")
+            write_text(self.folder / CARD_FILE, format_card(stored, self.settings, journal))
             write_text(self.folder / DONE_FILE, "done")
-        return record, card
+            record = self._build_record(journal, dict.fromkeys(args.methods, args.n_trials))
+            return record, format_card(record, self.settings, journal)
+
+    def _build_record(self, journal: Journal, n_trials: Mapping[str, int]) -> dict[str, Any]:
+        args = self.args
+        return {
+            "schema": 1,
+            "checkpoint": str(args.checkpoint),
+            "test_env": args.test_env,
+            "strong_ood": name_outside(args.strong_ood),
+            "strong_ratio": args.strong_ratio,
+            "batch_size": args.batch_size,
+            "rows": build_rows(journal.findings, n_trials),
+        }
 
     def _meet(self, journal: Journal, name: str, trial: int, progress: Progress) -> None:
         """Have a method meet a stream in some order, unless that is in the journal."""
-        saved = self.subject.path.with_name(f"{self.subject.path.stem}_{name}.pkl")
-        is_saved = self.args.save and trial == 0 and METHODS[name].changes_weights
+        args, path = self.args, self.subject.path
+        saved = path.with_name(
+            f"{path.stem}_{name}_{name_streams(args.test_env, args.strong_ood, args.strong_ratio)}.pkl"
+        )
+        is_saved = args.save and trial == 0 and METHODS[name].changes_weights
         key = name_stream(name, trial)
-        if key in journal.findings and (saved.is_file() or not is_saved):
+        if key in journal.findings and not (is_saved and _read_note(saved) != self._describe(name)):
             return
         if stopping.is_requested():
             raise stopping.Stopped(f"stopped before {key} in {self.folder}; the same command goes on")
         if self.on_step is None:
             progress.show(f"{self.subject.path}: {name}, order {trial}")
         started = time.perf_counter()
-        if self.source is None:
+        if self.source is None and METHODS[name].uses_features:
             self.source = measure_sources(self.subject)
         network = Network(self.subject.model)
         with preserve_states():
@@ -221,11 +242,23 @@ class _Adaptation:
             self._save(network, saved, name)
         if key not in journal.findings:
             seconds = time.perf_counter() - started
-            journal.put(key, finding, seconds, measure_peak_memory(self.subject.model.device))
+            journal.put(key, finding, seconds, measure_peak_memory(self.subject.model.device), self.machine)
             progress.advance(name, 1, seconds)
 
     def _save(self, network: Network, path: Path, method: str) -> None:
         """Write the checkpoint as it was adapted, which no run may take for a teacher: it has seen the domain."""
         state = {name: value.cpu() for name, value in network.model.algorithm.state_dict().items()}
-        note = {"method": method} | {name: self.settings[name] for name in ("test_env", "strong_ood", "strong_ratio")}
-        save({**self.subject.content, "model_dict": state, "adapted": note}, path)
+        save({**self.subject.content, "model_dict": state, "adapted": self._describe(method)}, path)
+
+    def _describe(self, method: str) -> dict[str, Any]:
+        """Return what an adapted checkpoint says of itself."""
+        names = ("test_env", "strong_ood", "strong_ratio", "batch_size", "seed", "weights", "outside")
+        return {"method": method} | {name: self.settings[name] for name in names if name in self.settings}
+
+
+def _read_note(path: Path) -> Any:
+    """Return what an adapted checkpoint says of itself; None where there is none, or none that can be read."""
+    try:
+        return load(path).get("adapted") if path.is_file() else None
+    except UsageError:
+        return None

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from daft_domainbed.adaptation.network import Network, score_doubt
-from daft_domainbed.adaptation.sources import SourceStatistics
 
 
 class BatchNormStatistics:
@@ -19,8 +18,9 @@ class BatchNormStatistics:
     """
 
     changes_weights = False
+    uses_features = False
 
-    def __init__(self, network: Network, source: SourceStatistics) -> None:
+    def __init__(self, network: Network, source: object) -> None:
         self.network = network
         self.notice = "" if network.list_batch_norms() else "there is no batch norm to adapt, so it answers as source"
 

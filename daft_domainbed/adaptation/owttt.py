@@ -80,6 +80,7 @@ class Owttt:
     """
 
     changes_weights = True
+    uses_features = True
 
     def __init__(self, network: Network, source: SourceStatistics, settings: Settings | None = None) -> None:
         self.network, self.source, self.settings = network, source, settings or Settings()

@@ -18,6 +18,7 @@ class NearestPrototype:
 
     notice = ""
     changes_weights = False
+    uses_features = True
 
     def __init__(self, network: Network, source: SourceStatistics) -> None:
         self.network, self.prototypes = network, source.prototypes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import count
 from typing import Any
 
 from daft_domainbed.results.statistics import mean, standard_error
@@ -15,24 +16,37 @@ def name_stream(method: str, trial: int) -> str:
     return f"{method} | {trial}"
 
 
-def build_rows(findings: Mapping[str, Any], methods: Sequence[str], n_trials: int) -> list[dict[str, Any]]:
+def count_trials(findings: Mapping[str, Any], methods: Sequence[str]) -> dict[str, int]:
+    """Return how many orders of the stream, from the first on, each method has met; who met none is not in.
+
+    Example:
+        >>> count_trials({"test | 0": {}, "test | 1": {}, "test | 3": {}}, ["source", "test"])
+        {'test': 2}
+    """
+    counts: dict[str, int] = {}
+    for name in methods:
+        n = next(trial for trial in count() if name_stream(name, trial) not in findings)
+        counts |= {name: n} if n else {}
+    return counts
+
+
+def build_rows(findings: Mapping[str, Any], n_trials: Mapping[str, int]) -> list[dict[str, Any]]:
     """Return a row a method: means over the orders of the stream, with their standard errors.
 
     Args:
         findings: Counts, by names of `name_stream`.
-        methods: In the order of the rows.
-        n_trials: Orders that count.
+        n_trials: Orders that count, of each method, in the order of the rows.
     """
     rows = []
-    for name in methods:
-        trials = [measure(findings[name_stream(name, trial)]) for trial in range(n_trials)]
+    for name, n in n_trials.items():
+        trials = [measure(findings[name_stream(name, trial)]) for trial in range(n)]
         columns = {kind: [trial[kind] for trial in trials] for kind in KINDS}
         found = {kind: [value for value in values if value is not None] for kind, values in columns.items()}
-        stderr = {kind: standard_error(values) for kind, values in found.items()} if n_trials > 1 else None
+        stderr = {kind: standard_error(values) for kind, values in found.items()} if n > 1 else None
         rows.append(
             {"method": name}
             | {kind: mean(values) for kind, values in found.items()}
-            | {"n_trials": n_trials, "stderr": stderr}
+            | {"n_trials": n, "stderr": stderr}
         )
     return rows
 

@@ -50,7 +50,7 @@ def measure_sources(subject: Subject) -> SourceStatistics:
     """Measure a model's source statistics.
 
     Raises:
-        UsageError: The model has no features, or held out every domain.
+        UsageError: The model does not answer by features, or held out every domain.
     """
     sources = [i for i in range(len(subject.environments)) if i not in subject.held_out]
     if not sources:
@@ -62,7 +62,10 @@ def measure_sources(subject: Subject) -> SourceStatistics:
                 x, y = subject.load(subject.environments[i], batch)
                 encoded = subject.model.encode(x)
                 if encoded is None:
-                    raise UsageError(f"{subject.path}: {subject.algorithm} has no featurizer, whose features adapt")
+                    raise UsageError(
+                        f"{subject.path}: the answers of {subject.algorithm} do not rest on the features of a network "
+                        "alone, which test, t3a and owttt need: --methods source bn tent"
+                    )
                 features.append(encoded)
                 labels.append(y)
     return summarise(torch.cat(features), torch.cat(labels), subject.n_classes)

@@ -25,6 +25,7 @@ class T3A:
 
     notice = ""
     changes_weights = False
+    uses_features = True
 
     def __init__(self, network: Network, source: SourceStatistics) -> None:
         self.network = network

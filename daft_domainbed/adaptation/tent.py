@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from daft_domainbed.adaptation.network import NOT_FINITE, Network, score_doubt, take_step
-from daft_domainbed.adaptation.sources import SourceStatistics
 
 LR = 1e-3
 
@@ -31,8 +30,9 @@ class Tent:
     """
 
     changes_weights = False
+    uses_features = False
 
-    def __init__(self, network: Network, source: SourceStatistics) -> None:
+    def __init__(self, network: Network, source: object) -> None:
         self.network = network
         layers = network.list_batch_norms()
         self.parameters = [parameter.requires_grad_() for layer in layers for parameter in layer.parameters()]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from daft_domainbed.errors import UsageError
 from daft_domainbed.functional.attacks import evaluating, run_pgd
+from daft_domainbed.functional.learning_rate import get_rate_factor
 from daft_domainbed.functional.losses import mix_targets, soft_cross_entropy, worst_case_linear_loss
 from daft_domainbed.hparams import Hparam, is_eps, number, one_of, or_auto, or_word, parse_eps, pick
 from daft_domainbed.models.backbones import freeze_backbone
@@ -149,14 +150,17 @@ class AFT(ERM):
         featurizer = self.teacher.model.featurizer  # the same, and it may know the images already
         heads = {radius: copy.deepcopy(self.classifier) for radius in RADII}
         optimizers = {radius: self._make_optimizer(head) for radius, head in heads.items()}
+        n_steps, schedule = facts.args.steps or 0, self.hparams.get("lr_schedule", "constant")
         with preserve_states():
             seed_everything(facts.args.seed)
-            for minibatches in draw_minibatches(facts, facts.args.steps or 0):
+            for step, minibatches in enumerate(draw_minibatches(facts, n_steps)):
+                rate = self.hparams["lr"] * get_rate_factor(schedule, step, n_steps)
                 x, y = (torch.cat(parts) for parts in zip(*minibatches, strict=True))
                 features = featurizer(x)
                 targets = self._make_targets(x, features, y)
                 for radius, head in heads.items():
                     loss, _ = self._get_losses(head, radius, x, features, y, targets)
+                    optimizers[radius].param_groups[0]["lr"] = rate
                     optimizers[radius].zero_grad()
                     loss.backward()
                     optimizers[radius].step()

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from daft_domainbed.errors import UsageError
 from daft_domainbed.functional.entropy import find_matching_scale, get_mean_entropy
 from daft_domainbed.functional.losses import kd_loss
 from daft_domainbed.hparams import Hparam, is_bool, number, or_auto, pick, uniform
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from daft_domainbed.algorithms.base import ERM
 else:
     ERM = object  # `plugin.register` puts the host's ERM behind the mixin
+
+
+MOST_APART = 1e-3  # nats, between the mean entropies that kd_match makes equal
 
 
 class KD(ERM):
@@ -65,7 +69,15 @@ class KD(ERM):
             seed_everything(facts.args.seed)
             pairs = [(self.teacher(x), rival(x)) for x, _ in read_in_splits(facts)]
         own, theirs = (torch.cat(logits) for logits in zip(*pairs, strict=True))
-        return find_matching_scale(own, temperature, get_mean_entropy(theirs, temperature))
+        wanted = get_mean_entropy(theirs, temperature)
+        scale = find_matching_scale(own, temperature, wanted)
+        reached = get_mean_entropy(own, scale * temperature)
+        if abs(reached - wanted) > MOST_APART:
+            raise UsageError(
+                f"kd_match: no scale makes the ERM teacher as confident as the AFT teacher (mean entropy {reached:.4f} "
+                f"instead of {wanted:.4f}): leave it out"
+            )
+        return scale
 
     def update(
         self, minibatches: Sequence[tuple[Tensor, Tensor]], unlabeled: Sequence[Tensor] | None = None

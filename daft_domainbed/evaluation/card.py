@@ -66,8 +66,9 @@ def _make_accuracy_table(model: Mapping[str, Any], held_out: set[str]) -> list[s
         for env in model["environments"]
     ]
     lines = ["## Accuracy", "", *make_table(["environment", "clean", "worst class", *columns.values()], rows)]
-    ran = {row["name"]: row["ran"] for row in model["attacks"] if row["name"] == "autoattack"}
-    return lines + [f"AutoAttack ran {', '.join(names)}." for names in ran.values()] + ([""] if ran else [])
+    asked = [row["ran"] for row in model["attacks"] if row["name"] == "autoattack"]
+    ran = dict.fromkeys(name for names in asked for name in names)  # an attack is spared where nothing is left
+    return lines + ([f"AutoAttack ran {', '.join(ran) or 'nothing, since nothing was left'}.", ""] if asked else [])
 
 
 def _make_curve_tables(curves: Sequence[Mapping[str, Any]]) -> list[str]:

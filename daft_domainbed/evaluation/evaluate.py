@@ -91,7 +91,7 @@ def evaluate(args: EvaluateArgs, *, on_step: Callable[[int, int], None] | None =
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
     subjects = [
-        load_subject(Path(path), name, device=device, data_dir=args.data_dir, host=args.host)
+        load_subject(path, name, device=device, data_dir=args.data_dir, host=args.host)
         for path, name in zip(args.checkpoints, folders, strict=True)
     ]
     _check_alike(subjects)
@@ -174,6 +174,9 @@ class _Evaluation:
             "against": [other.weights for other in subjects if other is not subject],
             "images": subject.fingerprint(self.chosen),
         }
+        if any(outside.fingerprint for outside in self.outside):
+            self.settings["outside"] = [outside.fingerprint for outside in self.outside]
+        self.machine = describe_machine(subject.model.device, "fp32")
 
     def execute(self) -> dict[str, Any]:
         """Ask what has not been answered, and return the json."""
@@ -194,7 +197,11 @@ class _Evaluation:
 
     def _find_outside(self) -> list[Outside]:
         wanted = list(self.args.ood) or (["noise"] if "ood" in self.suite.parts else [])
-        return [find_outside(text, self.subject, self.args.data_dir) for text in wanted]
+        found = [find_outside(text, self.subject, self.args.data_dir) for text in wanted]
+        names = [outside.name for outside in found]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise UsageError(f"--ood: two sets are called {twice[0]}, which the answers could not tell apart: name one")
+        return found
 
     def _explain_gaps(self) -> None:
         """Say what the suite asks and this model cannot be asked."""
@@ -263,7 +270,8 @@ class _Evaluation:
         seed = self.subject.host.misc.seed_hash("evaluate", self.args.seed, name)
         while (finding := self._try(ask, seed)) is None:
             self._halve(name)
-        self.journal.put(name, finding, time.perf_counter() - started, measure_peak_memory(self.subject.model.device))
+        seconds = time.perf_counter() - started
+        self.journal.put(name, finding, seconds, measure_peak_memory(self.subject.model.device), self.machine)
 
     def _try(self, ask: Callable[[torch.Generator], Any], seed: int) -> Any:
         """Return a finding; None where memory ran out."""
@@ -293,7 +301,7 @@ class _Evaluation:
     def _build_record(self) -> dict[str, Any]:
         subject, args = self.subject, self.args
         facts = {
-            "checkpoint": str(subject.path),
+            "checkpoint": subject.given,
             "algorithm": subject.algorithm,
             "dataset": subject.dataset,
             "test_envs": subject.held_out,
@@ -312,5 +320,5 @@ class _Evaluation:
             "seconds": round(sum(seconds.values()), 3),
             "seconds_by_part": {name: round(spent, 3) for name, spent in seconds.items()},
             "peak_memory_mb": self.journal.peak,
-            "machine": describe_machine(self.subject.model.device, "fp32"),
+            "machine": self.journal.machine,
         }

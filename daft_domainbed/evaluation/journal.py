@@ -29,6 +29,7 @@ class Journal:
         self.findings: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}
         self.peak = 0.0
+        self.machine: Any = None  # that found the last of what is there
         text = self.path.read_bytes() if self.path.is_file() else b""
         whole = text[: text.rfind(b"\n") + 1]  # a killed process may have left a part of a line
         lines = [self._parse(line) for line in whole.splitlines()]
@@ -48,13 +49,19 @@ class Journal:
     def __exit__(self, *exc_info: object) -> None:
         self.file.close()
 
-    def put(self, name: str, finding: Any, seconds: float, peak: float) -> None:
-        """Write a finding down for good, with its cost: wall seconds, and the process's most memory in MB."""
+    def put(self, name: str, finding: Any, seconds: float, peak: float, machine: Any) -> None:
+        """Write a finding down for good, with its cost: wall seconds, the process's most memory in MB, the machine."""
+        if machine != self.machine:
+            self._write({"machine": machine})
+            self._keep({"machine": machine})
         line = {"name": name, "finding": finding, "seconds": round(seconds, 3), "peak_mb": round(peak, 1)}
         self._write(line)
         self._keep(json.loads(json.dumps(line)))  # as another process would read it
 
     def _keep(self, line: dict[str, Any]) -> None:
+        if "machine" in line:
+            self.machine = line["machine"]
+            return
         self.findings[line["name"]] = line["finding"]
         self.seconds[line["name"]] = line["seconds"]
         self.peak = max(self.peak, line["peak_mb"])
@@ -67,7 +74,11 @@ class Journal:
     def _parse(self, line: bytes) -> dict[str, Any]:
         try:
             parsed = json.loads(line)
-            if "settings" in parsed or {"name", "finding", "seconds", "peak_mb"} <= parsed.keys():
+            if (
+                "settings" in parsed
+                or "machine" in parsed
+                or {"name", "finding", "seconds", "peak_mb"} <= parsed.keys()
+            ):
                 return dict(parsed)
         except (ValueError, TypeError, AttributeError):
             pass
@@ -81,11 +92,12 @@ def _compare(theirs: Any, ours: Mapping[str, Any], folder: Path, whose: str) -> 
     for name, value in ours.items():
         if theirs.get(name) == value:
             continue
-        if name in ("weights", "against", "images"):
+        if name in ("weights", "against", "images", "outside"):
             what = {
                 "weights": "a checkpoint with other weights",
                 "against": "another set of checkpoints",
                 "images": "other images: the data have changed since",
+                "outside": "other outside images: they have changed since, or two sets have one name",
             }[name]
             raise UsageError(f"{folder} holds {whose} of {what}: choose another --output_dir")
         raise UsageError(

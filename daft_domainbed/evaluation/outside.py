@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from daft_domainbed.evaluation.subject import Subject
 from daft_domainbed.functional.input_spec import InputSpec
 from daft_domainbed.host.contract import describe_dataset
 from daft_domainbed.runtime.randomness import preserve_states, seed_everything
+from daft_domainbed.teachers import provenance
 
 _AT_ONCE = 32
 
@@ -34,11 +37,13 @@ class Outside:
         name: As in the json: without the place where it lies.
         size: Number of images.
         take: Maps places, ascending, and a generator to pixels, [B, C, H, W], of any size and number of channels.
+        fingerprint: Tells sets of one name apart: of names and sizes where they are files; empty for noise.
     """
 
     name: str
     size: int
     take: Callable[[Sequence[int], torch.Generator], Tensor]
+    fingerprint: str = ""
 
     def load(self, subject: Subject, n: int, seed: int) -> Iterator[Tensor]:
         """Yield at most n images, chosen by a seed, as pixels of the size and channels that a model takes."""
@@ -49,8 +54,25 @@ class Outside:
             yield fit(pixels, subject.data.dataset.input_shape).to(subject.model.device)
 
 
-def find_outside(text: str, subject: Subject, data_dir: str | None) -> Outside:
+def name_outside(text: str) -> str:
+    """Return the name of a set, which does not say where it lies.
+
+    Example:
+        >>> name_outside("folder:/data/textures"), name_outside("noise")
+        ('folder:textures', 'noise')
+    """
+    place = text.removeprefix("folder:")
+    return text if place == text else f"folder:{Path(place).expanduser().resolve().name}"
+
+
+def find_outside(text: str, subject: Subject, data_dir: str | None, envs: Sequence[int] | None = None) -> Outside:
     """Return the set that `--ood` or `--strong_ood` names: noise, folder:PATH, classes:A,B, or a data set of the host.
+
+    Args:
+        text: The set, as it was given.
+        subject: The model that it is shown to.
+        data_dir: Where data sets lie; where the model's own lies, unless given.
+        envs: The domains whose images of left-out classes count; all held-out ones, unless given.
 
     Raises:
         UsageError: There is no such set, or it shows classes that the model knows.
@@ -59,7 +81,7 @@ def find_outside(text: str, subject: Subject, data_dir: str | None) -> Outside:
         shape = tuple(subject.data.dataset.input_shape)
         return Outside("noise", 10**6, lambda places, generator: torch.rand((len(places), *shape), generator=generator))
     if text.startswith("classes:"):
-        return _find_left_out(text.removeprefix("classes:").split(","), subject)
+        return _find_left_out(text.removeprefix("classes:").split(","), subject, envs or subject.held_out)
     if text.startswith("folder:"):
         return _find_folder(Path(text.removeprefix("folder:")).expanduser(), subject)
     return _find_dataset(text, subject, data_dir)
@@ -91,7 +113,7 @@ def _find_folder(folder: Path, subject: Subject) -> Outside:
     if not paths:
         raise UsageError(f"outside images folder:{folder}: there is no image in it")
     inside = {part for path in paths for part in path.relative_to(folder).parts[:-1]}
-    _refuse_known(f"folder:{folder}", inside, subject)
+    _refuse_known(f"folder:{folder}", inside | {folder.resolve().name}, subject)
     shape = tuple(subject.data.dataset.input_shape)
 
     def take(places: Sequence[int], generator: torch.Generator) -> Tensor:
@@ -99,7 +121,11 @@ def _find_folder(folder: Path, subject: Subject) -> Outside:
         images = [to_tensor(read_image(str(paths[place]), False)) for place in places]
         return torch.cat([fit(image[None], shape) for image in images])
 
-    return Outside(f"folder:{folder.resolve().name}", len(paths), take)
+    digest = hashlib.sha256()
+    for path in paths:
+        line = f"{path.relative_to(folder).as_posix()} {path.stat().st_size}\n"
+        digest.update(line.encode(errors="surrogateescape"))
+    return Outside(name_outside(f"folder:{folder}"), len(paths), take, digest.hexdigest())
 
 
 def _find_dataset(name: str, subject: Subject, data_dir: str | None) -> Outside:
@@ -116,11 +142,12 @@ def _find_dataset(name: str, subject: Subject, data_dir: str | None) -> Outside:
         seed_everything(0)
         dataset = facts.dataset_class(data_dir or subject.args.get("data_dir"), [], hparams)
     _refuse_known(name, list_shown(dataset), subject)
-    return _make_outside(name, ConcatDataset([dataset[i] for i in range(len(dataset))]), facts.input_spec)
+    places = [(dataset[i], range(len(dataset[i]))) for i in range(len(dataset))]
+    return _make_outside(name, places, facts.input_spec)
 
 
-def _find_left_out(names: list[str], subject: Subject) -> Outside:
-    """Return the held-out domains' images of the classes that were left out of training."""
+def _find_left_out(names: list[str], subject: Subject, envs: Sequence[int]) -> Outside:
+    """Return some domains' images of the classes that were left out of training."""
     left_out = subject.run.leave_out_classes or []
     if known := [name for name in names if name not in left_out]:
         raise UsageError(
@@ -129,8 +156,8 @@ def _find_left_out(names: list[str], subject: Subject) -> Outside:
         )
     dataset = build_whole(subject)
     labels = [list_classes(dataset).index(name) for name in names]
-    parts = [Subset(dataset[i], find_places(dataset[i], labels)) for i in subject.held_out]
-    return _make_outside(f"classes:{','.join(names)}", ConcatDataset(parts), subject.model.spec)
+    places = [(dataset[i], find_places(dataset[i], labels)) for i in envs]
+    return _make_outside(f"classes:{','.join(names)}", places, subject.model.spec)
 
 
 def build_whole(subject: Subject) -> Any:
@@ -143,12 +170,18 @@ def build_whole(subject: Subject) -> Any:
         return facts.dataset_class(run.data_dir, list(run.test_envs), hparams)
 
 
-def _make_outside(name: str, images: ConcatDataset[Any], spec: InputSpec) -> Outside:
+def _make_outside(name: str, parts: Sequence[tuple[Any, Sequence[int]]], spec: InputSpec) -> Outside:
+    """Return the set of the images at some places of some data sets."""
+    images: ConcatDataset[Any] = ConcatDataset([Subset(data, places) for data, places in parts])
+    digest = hashlib.sha256()
+    for data, places in parts:
+        digest.update(provenance.fingerprint(SimpleNamespace(underlying_dataset=data, keys=places)).encode())
+
     def take(places: Sequence[int], generator: torch.Generator) -> Tensor:
         x = torch.stack([images[place][0] for place in places])
         return x * spec.get_std(x) + spec.get_mean(x)
 
-    return Outside(name, len(images), take)
+    return Outside(name, len(images), take, digest.hexdigest())
 
 
 def _refuse_known(name: str, shown: Iterable[str], subject: Subject) -> None:

@@ -143,10 +143,11 @@ def find_lost_restarts(
     """Attack with PGD from several random starts, each aimed at those that are left.
 
     Returns:
-        Steps of the first run before each example was lost, [B], as `find_lost_steps`; and which examples withstood
-        every run, [B].
+        Steps of the first run before each example was lost, [B], as `find_lost_steps`, 0 for those that are wrong as
+        they are; and which examples withstood every run, [B].
     """
     first = find_lost_steps(model, x, y, threat, eps=eps, steps=steps, generator=generator)
+    first = torch.where(is_wrong(model, x, y), 0, first)
     stands = first < 0
     for _ in range(restarts - 1):
         if not stands.any():

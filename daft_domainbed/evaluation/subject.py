@@ -15,7 +15,7 @@ from torch.utils.data import default_collate
 from daft_domainbed.arguments import TrainArgs, find_data_path, name_dataset
 from daft_domainbed.data.splits import Data, build_data
 from daft_domainbed.errors import UsageError
-from daft_domainbed.evaluation.memory import apply_in_parts
+from daft_domainbed.evaluation.memory import apply_in_parts, is_out_of_memory
 from daft_domainbed.functional.input_spec import InputSpec
 from daft_domainbed.host.checkpoints import load_checkpoint
 from daft_domainbed.host.contract import Host, describe_dataset, find_host
@@ -47,6 +47,7 @@ class PixelModel:
         self.spec, self.device = spec, device
         self.at_once: int | None = None
         self.is_plain = spec.mean == (0.0,) and spec.std == (1.0,)
+        self._answers_by_features: bool | None = None  # not known yet
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Return logits, [B, K], of pixels, [B, C, H, W]; one logit means two classes, told apart by its sign."""
@@ -54,11 +55,28 @@ class PixelModel:
         return torch.cat([torch.zeros_like(logits), logits], 1) if logits.shape[1] == 1 else logits
 
     def encode(self, pixels: Tensor) -> Tensor | None:
-        """Return the features that the head sees, [B, D]; None where the algorithm has no featurizer."""
-        featurizer = getattr(self.algorithm, "featurizer", None)
-        if featurizer is None:
+        """Return the features that the head sees, [B, D]; None where the algorithm's answers do not rest on any."""
+        if self._answers_by_features is None:
+            self._answers_by_features = self._check_features(pixels[:2])
+        if not self._answers_by_features:
             return None
-        return apply_in_parts(featurizer, self.normalise(pixels), self.at_once).flatten(1)
+        return apply_in_parts(self.algorithm.featurizer, self.normalise(pixels), self.at_once).flatten(1)
+
+    @torch.no_grad()
+    def _check_features(self, pixels: Tensor) -> bool:
+        """Return whether the head answers from the features as the algorithm does, which may average or add context."""
+        featurizer, head = (getattr(self.algorithm, name, None) for name in ("featurizer", "classifier"))
+        if featurizer is None or head is None:
+            return featurizer is not None
+        x = self.normalise(pixels)
+        try:
+            answers = head(featurizer(x))
+        except RuntimeError as error:  # another number of channels or features
+            if is_out_of_memory(error):
+                raise
+            return False
+        logits = self.algorithm.predict(x)
+        return answers.shape == logits.shape and torch.allclose(answers, logits, rtol=1e-3, atol=1e-4)
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """Return what the algorithm takes."""
@@ -71,7 +89,7 @@ class Subject:
 
     Attributes:
         name: Unique among the checkpoints that are judged together.
-        path: Of the checkpoint, as it was given.
+        given: The checkpoint, as it was given.
         content: Of the file.
         host: Whose parts are used.
         model: Maps pixels to logits.
@@ -83,7 +101,7 @@ class Subject:
     """
 
     name: str
-    path: Path
+    given: str
     content: Mapping[str, Any]
     host: Host
     model: PixelModel
@@ -92,6 +110,11 @@ class Subject:
     n_classes: int
     weights: str
     run: TrainArgs
+
+    @property
+    def path(self) -> Path:
+        """Of the checkpoint."""
+        return Path(self.given)
 
     @property
     def args(self) -> Mapping[str, Any]:
@@ -176,7 +199,7 @@ class Subject:
 
 
 def load_subject(
-    path: Path, name: str, *, device: torch.device, data_dir: str | None = None, host: str | None = None
+    path: Path | str, name: str, *, device: torch.device, data_dir: str | None = None, host: str | None = None
 ) -> Subject:
     """Load a checkpoint and its data.
 
@@ -192,17 +215,20 @@ def load_subject(
             not those that it was trained on.
     """
     try:
-        return _load(path, name, device, data_dir, host)
+        return _load(str(path), name, device, data_dir, host)
     except UsageError as error:
-        raise error if str(path) in str(error) else UsageError(f"{path}: {error}") from error
+        raise error if str(Path(path)) in str(error) else UsageError(f"{path}: {error}") from error
 
 
-def _load(path: Path, name: str, device: torch.device, data_dir: str | None, host: str | None) -> Subject:
+def _load(given: str, name: str, device: torch.device, data_dir: str | None, host: str | None) -> Subject:
+    path = Path(given)
     content = load_checkpoint(path)
     its_host = find_host(host or content["args"].get("host") or "embedded")
     register(its_host)
     args = _read_args(content["args"], path, data_dir)
     facts = describe_dataset(its_host, args.dataset, content["model_hparams"], args.data_path)
+    if facts.has_texts:
+        raise UsageError(f"{path} ranks the texts of {args.dataset}: only models of images are judged and adapted")
     with preserve_states():
         seed_everything(args.seed if args.data_seed is None else args.data_seed)
         data = _build_data(its_host, args, content["model_hparams"], facts.dataset_class, path)
@@ -210,7 +236,7 @@ def _load(path: Path, name: str, device: torch.device, data_dir: str | None, hos
     _check_data(content, path, data, args)
     return Subject(
         name=name,
-        path=path,
+        given=given,
         content=content,
         host=its_host,
         model=PixelModel(algorithm, facts.input_spec, device),

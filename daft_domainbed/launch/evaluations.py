@@ -21,6 +21,7 @@ from daft_domainbed.runtime.files import write_text
 from daft_domainbed.runtime.layout import (
     BEST_CHECKPOINT_FILE,
     CHECKPOINT_FILE,
+    DONE_FILE,
     EVALUATION_FOLDER,
     EVALUATIONS_FILE,
 )
@@ -84,7 +85,10 @@ def write_evaluations(root: Path, jobs: list[EvaluationJob]) -> None:
     """
     before = {job.folder: job for job in read_evaluations(root)}
     for job in jobs:
-        if job.folder in before and (root / job.folder).is_dir():
+        if job.folder not in before:
+            # Where a single command was at work there may be less than is asked; what there is is not done again.
+            (root / job.folder / DONE_FILE).unlink(missing_ok=True)
+        elif (root / job.folder).is_dir():
             _compare(root / job.folder, before[job.folder], job)
     everything = before | {job.folder: job for job in jobs}
     content = {"schema": 1, "jobs": [asdict(job) for job in everything.values()]}

@@ -63,7 +63,8 @@ def build_adaptations(sweep: Sweep) -> tuple[list[AdaptationTable], list[Note]]:
             for (stream, method), found in _gather_numbers(sweep, dataset, runs, notes).items():
                 if values := average_domains(found, n_envs):
                     rows[stream].append(AdaptedRow(algorithm, role, values, method))
-    return [AdaptationTable(stream, rows[stream]) for stream in sorted(rows)], notes
+    streams = sorted(rows, key=lambda stream: (stream.dataset, stream.strong_ratio > 0, stream))  # closed sets first
+    return [AdaptationTable(stream, rows[stream]) for stream in streams], notes
 
 
 def _gather_numbers(
@@ -76,7 +77,8 @@ def _gather_numbers(
         if not records:
             notes.append(Note(run.folder, "was chosen and is not adapted: 'daft-domainbed sweep adapt' does that"))
         for record in records:
-            stream = Stream(dataset, record["strong_ood"], record["strong_ratio"], record["batch_size"])
+            strong = record["strong_ood"] if record["strong_ratio"] else "none"
+            stream = Stream(dataset, strong, record["strong_ratio"], record["batch_size"])
             for row in map(as_dict, as_list(record.get("rows"))):
                 kinds = found.setdefault((stream, str(row.get("method"))), {})
                 for kind in KINDS:

@@ -176,12 +176,12 @@ def list_numbers(model: dict[str, Any], held_out: set[str]) -> Iterator[tuple[st
     """
     for column, key in ((CLEAN, "clean"), (WORST, "worst_class")):
         yield column, mean([n for env, n in as_dict(model.get(key)).items() if env in held_out and is_number(n)])
-    lowest: dict[str, float] = {}
+    lowest: dict[str, dict[str, float]] = {}
     for row in map(as_dict, as_list(model.get("attacks"))):
         if row.get("env") in held_out and is_number(row.get("accuracy")) and is_number(row.get("eps")):
-            column = f"robust at {row.get('norm')} {format_radius(row['eps'])}"
-            lowest[column] = min(row["accuracy"], lowest.get(column, 100.0))
-    yield from lowest.items()
+            by_env = lowest.setdefault(f"robust at {row.get('norm')} {format_radius(row['eps'])}", {})
+            by_env[row["env"]] = min(row["accuracy"], by_env.get(row["env"], 100.0))
+    yield from ((column, mean([*by_env.values()])) for column, by_env in lowest.items())
     yield CORRUPTIONS, as_dict(model.get("corruptions")).get("mean")
     yield ECE, as_dict(model.get("calibration")).get("ece")
     rows = [row for row in map(as_dict, as_list(model.get("ood"))) if row.get("score") == "msp"]

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shlex
 import sys
@@ -124,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif command in ASKED:
         _check_launcher_flags(on_command_line, launcher)
         stage, own, table = ASKED[command]
-        asked = {name: given[name] for name in (*own, *SHARED) if name in given}
+        asked = {name: _make_absolute(name, given[name]) for name in (*own, *SHARED) if name in given}
         if command == "adapt" and "n_trials" in on_command_line:  # a file's are the sweep's, not a stream's orders
             asked["n_trials"] = on_command_line["n_trials"]
         ask = not given.get("skip_confirmation", False)
@@ -210,6 +211,17 @@ def make_options(given: dict[str, Any]) -> Options:
         slurm[key] = value
     names = {field.name for field in fields(Options)} - {"slurm", "threads"}  # the latter is the sweep's
     return Options(slurm=slurm, **{name: value for name, value in given.items() if name in names and value is not None})
+
+
+def _make_absolute(name: str, value: Any) -> Any:
+    """Return what names a place in such a way that a job finds it from the folder that its sweep was launched in."""
+    if isinstance(value, list):
+        return [_make_absolute(name, item) for item in value]
+    if name == "data_dir":
+        return os.path.abspath(os.path.expanduser(value))
+    if name in ("ood", "strong_ood") and value.startswith("folder:"):
+        return f"folder:{os.path.abspath(os.path.expanduser(value.removeprefix('folder:')))}"
+    return value
 
 
 def _check_launcher_flags(given: dict[str, Any], launcher: str) -> None:

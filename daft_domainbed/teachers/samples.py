@@ -22,8 +22,11 @@ def draw_minibatches(facts: RunFacts, count: int) -> Iterator[list[Batch]]:
         count: How many updates they are for.
     """
     batch_size = facts.hparams["batch_size"]
+    weigh = (
+        facts.host.misc.make_weights_for_balanced_classes if facts.hparams.get("class_balanced") else lambda split: None
+    )
     streams = [
-        make_stream(in_, batch_size, 0, views=make_views(facts.hparams, facts.args.seed, env))
+        make_stream(in_, batch_size, 0, weigh(in_), make_views(facts.hparams, facts.args.seed, env))
         for env, (in_, _) in _list_training_splits(facts)
     ]
     for _ in range(count):

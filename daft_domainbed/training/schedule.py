@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch.optim import Optimizer
 
+from daft_domainbed.functional.learning_rate import get_rate_factor
+
 
 class Schedule:
     """Scales the learning rates of an algorithm's optimizers at every step.
 
     Args:
-        kind: "constant", or "cosine": from the whole rate to nothing over the run (Loshchilov and Hutter, 2017,
-            arXiv 1608.03983, equation 5, without restarts).
+        kind: As of `get_rate_factor`.
         n_steps: Of the run.
         algorithm: As it was built, before anything is restored.
     """
@@ -30,7 +30,7 @@ class Schedule:
         if self.kind == "constant":
             return
         self._learn_rates(algorithm)
-        factor = (1 + math.cos(math.pi * step / self.n_steps)) / 2
+        factor = get_rate_factor(self.kind, step, self.n_steps)
         for optimizer in _list_optimizers(algorithm):
             for group, rate in zip(optimizer.param_groups, self._rates[optimizer], strict=True):
                 group["lr"] = rate * factor

@@ -42,12 +42,12 @@ class Encoder(nn.Module):
 class Algorithm(nn.Module):
     """ERM's parts."""
 
-    def __init__(self, featurizer: nn.Module) -> None:
+    def __init__(self, featurizer: nn.Module, width: int = D) -> None:
         super().__init__()
         self.featurizer = featurizer
-        self.classifier = nn.Linear(D, K)
+        self.classifier = nn.Linear(width, K)
         with torch.no_grad():
-            self.classifier.weight.copy_(wave(K, D, phase=0.4))
+            self.classifier.weight.copy_(wave(K, width, phase=0.4))
             self.classifier.bias.copy_(wave(K, scale=0.2))
 
     def predict(self, x: Tensor) -> Tensor:
@@ -55,8 +55,8 @@ class Algorithm(nn.Module):
         return logits
 
 
-def make_network(featurizer: nn.Module | None = None) -> Network:
-    model = Algorithm(featurizer or Encoder())
+def make_network(featurizer: nn.Module | None = None, width: int = D) -> Network:
+    model = Algorithm(featurizer or Encoder(), width)
     return Network(PixelModel(model, INPUT_SPECS["unit"], torch.device("cpu")))
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,14 +70,44 @@ def test_it_goes_on_wherever_it_was_killed(meet: Callable[..., dict[str, Any]], 
 
 
 def test_the_same_command_again_meets_nothing(
-    meet: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    meet: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     once = meet(methods=["source", "test"])
     monkeypatch.setattr(protocol, "measure_sources", None)
     assert meet(methods=["source", "test"]) == once
-    assert meet(methods=["test"])["rows"] == once["rows"][1:]
+    assert meet(methods=["test"], n_trials=1)["rows"][0]["n_trials"] == 1
+    assert json.loads((tmp_path / "out/adaptation.json").read_text()) == once  # what was met is not forgotten
     with pytest.raises(UsageError, match="an adaptation with batch_size 16, not 8.*--output_dir"):
         meet(batch_size=8)
+
+
+def test_sets_of_one_name_are_told_apart(meet: Callable[..., dict[str, Any]], image_folder: Path) -> None:
+    meet(methods=["source"], strong_ood=f"folder:{image_folder}")
+    other = image_folder.parent / "elsewhere" / image_folder.name
+    shutil.copytree(image_folder, other)
+    assert meet(methods=["source"], strong_ood=f"folder:{other}")["strong_ood"] == "folder:pictures"  # the same images
+    next(other.rglob("*.png")).unlink()
+    with pytest.raises(UsageError, match="an adaptation of other outside images"):
+        meet(methods=["source"], strong_ood=f"folder:{other}")
+
+
+def test_a_closed_set_says_nothing_of_where_it_was(meet: Callable[..., dict[str, Any]]) -> None:
+    record = meet(methods=["source"], strong_ood="folder:/some/where/textures", strong_ratio=0.0)
+    assert record["strong_ood"] == "folder:textures"
+
+
+@pytest.mark.parametrize("methods", [["source"], ["owttt"]])
+def test_answers_that_rest_on_no_features(tiny: Any, methods: list[str]) -> None:
+    """SMA answers with averaged weights; its features are the last ones'."""
+    run = tiny.train(algorithm="SMA", hparams={"sma_start": 1, "lr": 0.1})
+    args = AdaptArgs(str(run / "model.pkl"), 0, methods=methods, n_trials=1, device="cpu")
+    if methods == ["source"]:
+        assert adapt(args)[0]["rows"][0]["acc_s"] is not None
+    else:
+        with pytest.raises(
+            UsageError, match="the answers of SMA do not rest on the features.*--methods source bn tent"
+        ):
+            adapt(args)
 
 
 def test_a_stream_shorter_than_a_batch(meet: Callable[..., dict[str, Any]]) -> None:
@@ -102,22 +134,29 @@ def test_every_image_is_met_once(teachers: dict[str, Path]) -> None:
 
 
 def test_the_adapted_checkpoint_is_written_beside(
-    teachers: dict[str, Path], tiny: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    teachers: dict[str, Path], tiny: Any, tmp_path: Path, image_folder: Path
 ) -> None:
     path = tmp_path / "own" / "model.pkl"
     path.parent.mkdir()
     path.write_bytes(teachers["ERM"].read_bytes())
     args = AdaptArgs(str(path), 0, methods=["owttt"], n_trials=1, batch_size=16, save=True, device="cpu")
     record, _ = adapt(args)
-    content = load(path.with_name("model_owttt.pkl"))
+    saved = path.with_name("model_owttt_0-noise-1.pkl")
+    content = load(saved)
     assert content["adapted"]["method"] == "owttt"
     assert content["args"] == load(path)["args"]
     changed = [name for name, value in content["model_dict"].items() if not value.equal(load(path)["model_dict"][name])]
     assert changed
-    path.with_name("model_owttt.pkl").unlink()
+    saved.unlink()
     assert adapt(args)[0] == record  # and it is there again
+    adapt(replace(args, seed=1, output_dir=str(tmp_path / "other")))
+    assert load(saved)["adapted"] == content["adapted"] | {"seed": 1}
+    adapt(args)  # which finds another stream's weights there
+    assert all(value.equal(load(saved)["model_dict"][name]) for name, value in content["model_dict"].items())
+    adapt(replace(args, strong_ood=f"folder:{image_folder}"))
+    assert load(path.with_name("model_owttt_0-folder_pictures-1.pkl"))["adapted"]["strong_ood"] == "folder:pictures"
     with pytest.raises(UsageError, match="adapted to images of a held-out domain"):
-        tiny.train("kd", {"teacher": str(path.with_name("model_owttt.pkl"))}, algorithm="KD")
+        tiny.train("kd", {"teacher": str(saved)}, algorithm="KD")
     with pytest.raises(UsageError, match="add owttt"):
         adapt(AdaptArgs(str(path), 0, methods=["bn"], save=True))
 

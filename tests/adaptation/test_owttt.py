@@ -180,7 +180,7 @@ def test_far_fewer_features_than_dimensions() -> None:
 
     mean, root = torch.zeros(200), wave(3, 200)
     source = SourceStatistics(F.normalize(wave(K, 200)), mean, root.T @ root / 3)
-    network = make_network(Wide())
+    network = make_network(Wide(), width=200)
     method = Owttt(network, source)
     for t in range(3):
         method.answer(make_images(t))

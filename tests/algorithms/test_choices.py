@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from daft_domainbed.algorithms import daft
 from daft_domainbed.algorithms.aft import RADII
 from daft_domainbed.arguments import SweepArgs
 from daft_domainbed.data.loaders import make_stream
@@ -49,7 +50,7 @@ def bench(make_shared_workbench: Callable[[str], Any], monkeypatch: pytest.Monke
     return shared
 
 
-def make_grid(aft: Any, bench: Any, steps: int) -> dict[float, float]:
+def make_grid(aft: Any, bench: Any, steps: int, **hparams: Any) -> dict[float, float]:
     """Fine-tune a head for each radius, one after the other, from the formulas; return its loss on the out-splits."""
     pairs = [pair for i, pair in enumerate(bench.splits) if i != TEST_ENV]
     teacher = aft.teacher.model
@@ -58,8 +59,11 @@ def make_grid(aft: Any, bench: Any, steps: int) -> dict[float, float]:
         head = copy.deepcopy(teacher.classifier).requires_grad_(True)
         optimizer = torch.optim.Adam(head.parameters(), lr=VALIDATED["lr"])
         seed_everything(SEED)
-        streams = [make_stream(in_, VALIDATED["batch_size"], 0) for in_, _ in pairs]
-        for _ in range(steps):
+        weigh = bench.host.misc.make_weights_for_balanced_classes if hparams.get("class_balanced") else None
+        streams = [make_stream(in_, VALIDATED["batch_size"], 0, weigh and weigh(in_)) for in_, _ in pairs]
+        for step in range(steps):
+            if hparams.get("lr_schedule") == "cosine":
+                optimizer.param_groups[0]["lr"] = VALIDATED["lr"] * math.cos(math.pi * step / steps / 2) ** 2
             batches = [next(stream) for stream in streams]
             x, y = torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
             with torch.no_grad():
@@ -90,9 +94,10 @@ class MovedSplit:
 
 
 class TestValidatedRadius:
-    def test_it_is_that_of_a_grid_made_by_hand(self, bench: Any) -> None:
-        aft = bench.make("AFT", **VALIDATED)
-        expected = make_grid(aft, bench, steps=10)
+    @pytest.mark.parametrize("hparams", [{}, {"lr_schedule": "cosine"}, {"class_balanced": True}])
+    def test_it_is_that_of_a_grid_made_by_hand(self, bench: Any, hparams: dict[str, Any]) -> None:
+        aft = bench.make("AFT", **VALIDATED | hparams)
+        expected = make_grid(aft, bench, steps=10, **hparams)
         found = {float(radius): loss for radius, loss in aft.hparams["aft_eps_candidates"].items()}
         assert found == pytest.approx(expected, rel=1e-4)
         assert aft.hparams["aft_eps"] == min(expected, key=lambda radius: expected[radius])
@@ -152,6 +157,11 @@ class TestMatchedConfidence:
         found, wanted = get_entropy(kd.teacher(images), scale * temperature), get_entropy(aft(images), temperature)
         assert found == pytest.approx(wanted, abs=1e-5)
         assert abs(get_entropy(kd.teacher(images), temperature) - wanted) > 1e-3  # there was something to match
+
+    def test_what_no_scale_reaches_is_refused(self, bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(daft, "find_matching_scale", lambda *_: 1e4)
+        with pytest.raises(UsageError, match=r"no scale makes the ERM teacher as confident as the AFT teacher .*2\.0"):
+            bench.make("KD", kd_match=True, aft_teacher=str(bench.teachers["AFT"]), batch_size=8)
 
     def test_the_student_learns_from_scaled_logits(self, bench: Any) -> None:
         kd = bench.make("KD", kd_match=True, aft_teacher=str(bench.teachers["AFT"]), kd_weight=1.0, batch_size=8)

@@ -364,6 +364,8 @@ def test_bad_input_is_one_line(
         ([erm, "--ood", f"folder:{colours}", *out], "blue, green, red"),
         ([erm, "--ood", "Nonsense", *out], "Nonsense"),
         ([erm, "--ood", f"folder:{tmp_path}/lost", *out], "no such folder"),
+        ([erm, "--ood", f"folder:{next(colours.glob('*/red'))}", *out], "the model knows (red)"),
+        ([erm, "--ood", "noise", "noise", *out], "two sets are called noise"),
         ([erm, "--suite", "slow", *out], "'slow'"),
     ]
     monkeypatch.setattr("builtins.__import__", hide("pyautoattack"))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from daft_domainbed.cli import run_command
 from daft_domainbed.training.lists import _compare
 from tools.ranking import LIST_MEASURES, read_list_measures
 
@@ -43,6 +44,12 @@ def test_the_comparison_reads_them(run: Path, tiny: Any) -> None:
     assert measures is not None and (measures["algorithm"], measures["env"]) == ("ERM", 2)
     assert all(isinstance(read(measures), float) for read in LIST_MEASURES.values())
     assert read_list_measures(tiny.train("images")) is None
+
+
+def test_rankers_are_not_judged_as_models_of_images(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for command in (["evaluate"], ["adapt", "--test_env", "2"]):
+        assert run_command(command[0], [str(run / "model.pkl"), *command[1:], "--device", "cpu"]) == 2
+        assert "ranks the texts of DocRanking: only models of images" in capfd.readouterr().err
 
 
 def test_gains_of_documents_attacked_alone_worked_by_hand() -> None:
