@@ -72,6 +72,9 @@ class SweepArgs(SharedArgs):
 
     Attributes:
         n_checkpoints: Evaluations of a run after its first step, from which the interval follows.
+        test_envs: Words, each a set of held-out domains, commas between them, by number or name; None is each domain
+            alone and, unless told otherwise, each pair.
+        single_source: Whether each domain in turn is the only one to train on.
         chosen: Settings that another sweep chose, and which (`launch/rerun.py`); the students have them.
         data: `data_id` and `data_path` of the folders of images among the data sets, by name.
     """
@@ -85,6 +88,8 @@ class SweepArgs(SharedArgs):
     n_hparams_from: int = 0
     seed: int = 0
     single_test_envs: bool = False
+    test_envs: list[str] | None = None
+    single_source: bool = False
     threads: int = 1
     n_checkpoints: int | None = None
     chosen: dict[str, Any] | None = None

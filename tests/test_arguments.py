@@ -204,7 +204,12 @@ def test_teachers_of_then_are_taken(algorithm: str, kinds: list[str], capfd: pyt
     assert "needs a teacher" not in capfd.readouterr().err
     assert read_files(Path("sweep/teachers")) == before
     then, now = (read_records(folder)[0] for folder in (Path(args.output_dir), again))
-    assert now["teacher"].pop("size")  # which is measured since
+    assert now["teacher"].pop("size") and now["teacher"].pop("network")  # which are recorded since
+    found = now["teacher"]
+    for _ in kinds:
+        assert found["path"].endswith("/model.pkl")
+        found["path"] = found["path"].removesuffix("/model.pkl")  # which was the folder's
+        found = found.get("teacher", {})
     assert now["teacher"] == then["teacher"]  # verified: its hash, its accuracies, its own teacher
     found = now["teacher"]
     for kind in kinds:
@@ -218,6 +223,8 @@ def test_tables_of_then_are_the_same(capsys: pytest.CaptureFixture[str]) -> None
     tables, then = json.loads(capsys.readouterr().out), json.loads(Path("results.json").read_text())
     for row in (row for table in tables["tables"] for row in table["rows"]):
         assert row.pop("average_stderr") is None  # one trial; what came later
+    for table in tables["tables"]:
+        assert (table.pop("kind"), table.pop("held_out")) == ("leave-out", table["environments"])
     assert tables == then
 
 

@@ -24,9 +24,10 @@ from daft_domainbed.launch.job import name_job
 from daft_domainbed.launch.plan import make_plan
 from daft_domainbed.launch.plan_file import write_plan
 from daft_domainbed.launch.sweep import collect_sweep_args
+from daft_domainbed.results.cells import Table
 from daft_domainbed.results.comparison import collect_trials
 from daft_domainbed.results.sweeps import read_sweep
-from daft_domainbed.results.tables import Table, build_results
+from daft_domainbed.results.tables import build_results
 from daft_domainbed.runtime.layout import TEACHERS_FOLDER, read_first_record, read_last_record
 from daft_domainbed.runtime.machine import find_commit
 from daft_domainbed.scripts.sweep import read_config

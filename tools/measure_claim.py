@@ -28,7 +28,7 @@ from daft_domainbed.functional.input_spec import INPUT_SPECS
 from daft_domainbed.host import contract
 from daft_domainbed.host.checkpoints import build_model, load_checkpoint
 from daft_domainbed.models.frozen import share_features
-from daft_domainbed.runtime.layout import BEST_CHECKPOINT_FILE, CHECKPOINT_FILE, DONE_FILE, read_first_record
+from daft_domainbed.runtime.layout import BEST_CHECKPOINT_FILE, DONE_FILE, name_teacher_file, read_first_record
 from daft_domainbed.teachers.teacher import freeze_all
 from tools.study import MEASURES
 
@@ -110,7 +110,7 @@ def measure_run(host: contract.Host, folder: Path, features: Path, *, is_attacke
     line = {"trial": args["trial_seed"], "env": args["test_envs"][0]}
     line["student"], logits = measure(student, held_out, trained, is_attacked=is_attacked)
     if "teacher" in first:
-        path = folder / first["teacher"]["path"] / CHECKPOINT_FILE
+        path = folder / name_teacher_file(first["teacher"])
         teacher = build_model(load_checkpoint(path), path, host)
         freeze_all(teacher)
         share_features(teacher, features, print)

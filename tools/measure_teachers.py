@@ -26,7 +26,7 @@ from daft_domainbed.functional.entropy import get_mean_entropy
 from daft_domainbed.host import contract
 from daft_domainbed.host.checkpoints import build_model, load_checkpoint
 from daft_domainbed.models.frozen import share_features
-from daft_domainbed.runtime.layout import CHECKPOINT_FILE, DONE_FILE, read_first_record
+from daft_domainbed.runtime.layout import CHECKPOINT_FILE, DONE_FILE, name_teacher_file, read_first_record
 from daft_domainbed.teachers.teacher import freeze_all
 
 BATCH = 64
@@ -97,7 +97,7 @@ def measure_store(store: Path, trial: int | None, feature_cache: Path | None) ->
         first = read_first_record(folder)
         if trial is not None and first["args"]["trial_seed"] != trial:
             continue
-        for teacher in (folder, (folder / first["teacher"]["path"]).resolve()):
+        for teacher in (folder, (folder / name_teacher_file(first["teacher"])).resolve().parent):
             if teacher in done:
                 continue
             done.add(teacher)

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from daft_domainbed.errors import RunError
+from daft_domainbed.results.cells import Table
 from daft_domainbed.results.comparison import FEWEST_TRIALS, Comparison, collect_trials, compare_trials, correct_family
 from daft_domainbed.results.selection import choose
 from daft_domainbed.results.statistics import bootstrap_mean, flip_signs, mean, standard_error
 from daft_domainbed.results.sweeps import Sweep, read_sweep
-from daft_domainbed.results.tables import Table, build_results
+from daft_domainbed.results.tables import build_results
 from daft_domainbed.runtime.layout import RECORDS_FILE, TEACHERS_FOLDER, read_last_record
 from tools.power import find_smallest_effect, find_smallest_margin
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from daft_domainbed.arguments import TrainArgs, find_data_path, name_dataset
+from daft_domainbed.data.place import identify
 from daft_domainbed.data.splits import Data, build_data
 from daft_domainbed.errors import UsageError
 from daft_domainbed.evaluation.memory import apply_in_parts, is_out_of_memory
@@ -317,6 +318,15 @@ def _check_data(content: Mapping[str, Any], path: Path, data: Data, args: TrainA
         raise UsageError(f"{path} held out environment {beyond[0]}, and {args.dataset} has {len(data.in_splits)}")
     theirs = _read_provenance(content, path)
     if theirs is None:  # an old checkpoint, or one of upstream's own loop
+        return
+    if "declared" in theirs:  # an adopted one, of which no split is known
+        if (
+            theirs.get("data_id")
+            and identify(f"folder:{args.data_path}" if args.data_path else args.dataset) != theirs["data_id"]
+        ):
+            raise UsageError(
+                f"{path} was adopted for {args.dataset}, which has other files here: adopt its weights for these"
+            )
         return
     own = provenance.describe(args, data.dataset.num_classes, data.dataset.input_shape, data.list_splits())
     if differences := provenance.compare(theirs, own):

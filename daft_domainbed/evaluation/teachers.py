@@ -9,7 +9,7 @@ from daft_domainbed.evaluation.subject import PixelModel, Subject, load_algorith
 from daft_domainbed.host.checkpoints import load_checkpoint
 from daft_domainbed.methods import PLAIN
 from daft_domainbed.models.weights import hash_state
-from daft_domainbed.runtime.layout import CHECKPOINT_FILE, list_teachers, read_first_record
+from daft_domainbed.runtime.layout import list_teachers, name_teacher_file, read_first_record
 
 
 def find_teachers(subject: Subject) -> tuple[dict[str, tuple[str, PixelModel]], list[str]]:
@@ -33,8 +33,7 @@ def find_teachers(subject: Subject) -> tuple[dict[str, tuple[str, PixelModel]], 
 def _load(subject: Subject, facts: Any) -> tuple[str, PixelModel]:
     if not isinstance(facts, dict) or not isinstance(facts.get("path"), str):
         raise UsageError("it is a pretrained network, without logits")
-    folder = subject.path.parent / facts["path"]
-    path = folder / CHECKPOINT_FILE
+    path = subject.path.parent / name_teacher_file(facts)
     if not path.is_file():
         raise UsageError(f"its weights are gone from {facts['path']}")
     content = load_checkpoint(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -68,7 +69,10 @@ def _find_chosen(root: Path) -> list[tuple[Job, str]]:
     runs = {job.folder: job for job in read_jobs(root)}
     checkpoints: dict[str, str] = {}
     for folder, name in _list_chosen(read_sweep(root)):
-        checkpoints.setdefault(folder, name)
+        if folder in runs:
+            checkpoints.setdefault(folder, name)
+        else:  # copied here from another sweep
+            print(f"{root / folder} is in no plan: ask 'daft-domainbed evaluate' or 'adapt' of it", file=sys.stderr)
     if not checkpoints:
         raise UsageError(f"{root} has no run that is done: launch the sweep first")
     places = [root / folder / name for folder, name in checkpoints.items()]
@@ -127,7 +131,8 @@ def find_checkpoint(choice: Choice) -> str:
 
 def _list_chosen(sweep: Sweep) -> Iterator[tuple[str, str]]:
     """Yield folder and file of every chosen student, then of every teacher behind one that lies in the sweep."""
-    chosen = (choose(SELECTION, runs, group.test_env) for group, runs in group_runs(sweep.runs).items())
+    groups = group_runs(sweep).items()
+    chosen = (choose(SELECTION, runs, group.test_env, group.held_out) for group, runs in groups)
     choices = [choice for choice in chosen if choice]
     for choice in choices:
         yield choice.run.folder, find_checkpoint(choice)

@@ -16,6 +16,7 @@ from daft_domainbed.data.splits import check_sizes, count_images
 from daft_domainbed.errors import UsageError
 from daft_domainbed.host.contract import DatasetFacts, Host, describe_dataset, find_host, get_algorithm_class
 from daft_domainbed.hparams import parse_json, split_hparams
+from daft_domainbed.launch.domains import check_flags, list_test_envs
 from daft_domainbed.launch.job import Job, group_by_depth
 from daft_domainbed.methods import STUDENT, list_stages, name_stage
 from daft_domainbed.plugin.defaults import check_own_hparams, check_user_hparams, get_known_hparams
@@ -42,6 +43,7 @@ def make_plan(sweep: SweepArgs, cwd: str = "", begun: Collection[str] = (), *, i
         UsageError: An unknown name, or a hyperparameter that no algorithm of the sweep knows.
     """
     _check_counts(sweep)
+    check_flags(sweep)
     host, user = find_host(sweep.host), parse_json(sweep.hparams)
     register(host)
     for algorithm in sweep.algorithms:
@@ -105,7 +107,7 @@ def _list_students(
     for trial_seed in range(sweep.n_trials_from, sweep.n_trials):
         for dataset in datasets:
             for algorithm in sweep.algorithms:
-                for test_envs in list_test_envs(len(dataset.environments), single=sweep.single_test_envs):
+                for test_envs in list_test_envs(sweep, dataset.environments, dataset.name):
                     check_test_envs(test_envs, dataset)
                     given = _add_chosen(
                         known[dataset.name, algorithm], sweep.chosen, dataset.name, algorithm, test_envs
@@ -167,21 +169,6 @@ def _add_chosen(
             own = setting["hparams"] | given.get(algorithm, {})
             return given | ({algorithm: own} if own else {})
     return given
-
-
-def list_test_envs(n_envs: int, *, single: bool) -> list[list[int]]:
-    """Return the sets of test environments of a sweep: each alone and, unless told otherwise, each pair.
-
-    Example:
-        >>> list_test_envs(3, single=False)
-        [[0], [0, 1], [0, 2], [1], [1, 2], [2]]
-    """
-    combinations = []
-    for i in range(n_envs):
-        combinations.append([i])
-        # A pair has to leave something to train on.
-        combinations += [] if single or n_envs < 3 else [[i, j] for j in range(i + 1, n_envs)]
-    return combinations
 
 
 class _Jobs:

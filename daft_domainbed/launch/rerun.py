@@ -13,8 +13,9 @@ from daft_domainbed.arguments import SweepArgs, TrainArgs
 from daft_domainbed.errors import UsageError
 from daft_domainbed.host.contract import describe_dataset, find_host
 from daft_domainbed.hparams import parse_json, split_hparams
+from daft_domainbed.launch.domains import find_set
 from daft_domainbed.launch.job import Job
-from daft_domainbed.launch.plan_file import read_jobs
+from daft_domainbed.launch.plan_file import read_environments, read_jobs
 from daft_domainbed.plugin.registration import register
 from daft_domainbed.results.records import Run
 from daft_domainbed.results.selection import choose
@@ -69,6 +70,11 @@ def plan_rerun(search: SweepArgs, n_trials: int, how: str, output_dir: str) -> t
     root = Path(search.output_dir)
     if os.path.realpath(root) == os.path.realpath(output_dir):
         raise UsageError(f"--output_dir {output_dir} is the search itself: choose another folder")
+    sets = [
+        find_set(word, envs, name) for name, envs in read_environments(root).items() for word in search.test_envs or ()
+    ]
+    if search.single_source or any(len(envs) > 1 for envs in sets):
+        raise UsageError(f"{root} holds out several domains at once: rerun chooses where single ones are held out")
     settings = choose_settings(search, how)
     chosen = {
         "from": os.path.relpath(root, output_dir),
@@ -83,7 +89,7 @@ def plan_rerun(search: SweepArgs, n_trials: int, how: str, output_dir: str) -> t
         n_trials=search.n_trials + n_trials,
         n_hparams_from=0,
         n_hparams=1,
-        single_test_envs=True,
+        single_test_envs=search.test_envs is None,
         chosen=chosen,
     )
     return sweep, settings
@@ -100,7 +106,7 @@ def choose_settings(search: SweepArgs, how: str) -> list[Setting]:
     """
     root = Path(search.output_dir)
     jobs = {job.folder: job for job in read_jobs(root)}
-    runs = [run for run in read_sweep(root).runs if len(run.key.test_envs) == 1]
+    runs = [run for run in read_sweep(root).runs if len(run.key.test_envs) == 1 and run.folder in jobs]
     settings = []
     for dataset in search.datasets:
         for algorithm in search.algorithms:

@@ -276,7 +276,7 @@ def _keep_chosen(root: Path) -> None:
     from daft_domainbed.results.selection import SELECTIONS, choose, group_runs
     from daft_domainbed.results.sweeps import read_sweep
 
-    groups = group_runs(read_sweep(root).runs)
-    choices = [choose(rule, runs, group.test_env) for group, runs in groups.items() for rule in SELECTIONS]
+    groups = group_runs(read_sweep(root)).items()
+    choices = [choose(rule, runs, group.test_env, group.held_out) for group, runs in groups for rule in SELECTIONS]
     freed = remove_weights(root, read_jobs(root), {choice.run.folder for choice in choices if choice})
     print(f"removed the weights that no selection chose: {format_bytes(freed)}", file=sys.stderr)

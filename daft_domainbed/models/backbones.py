@@ -19,7 +19,7 @@ from daft_domainbed.models.open_clip import build_open_clip
 from daft_domainbed.models.pretrained import build_timm, build_torchvision
 from daft_domainbed.models.ranker import Ranker
 from daft_domainbed.models.resnet8 import ResNet8
-from daft_domainbed.models.weights import load_weights
+from daft_domainbed.models.weights import check_values, load_weights
 
 IMAGENET = INPUT_SPECS["imagenet"]
 _OURS = re.compile(r"(resnet8|ranker)_w(\d+)")
@@ -254,6 +254,7 @@ def _load_into(network: nn.Module, path: Path, name: str) -> nn.Module:
     missing = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
     if missing:
         raise UsageError(f"{path} does not fit backbone {name!r}: it lacks {missing[0]} and {len(missing) - 1} more")
+    check_values(head, wanted, path)
     try:
         network.load_state_dict(head, strict=False)
     except RuntimeError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import pickle
+import re
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -72,9 +73,11 @@ def _unpickle(file: BinaryIO, path: Path) -> dict[str, Any]:
             warnings.simplefilter("ignore")  # of pickles that it then refuses, or reads well
             content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        kind = re.search(r"GLOBAL ([^\s,]+)", str(error))
+        what = _one_line(ValueError(kind[1])) if kind else _one_line(error)
         raise UsageError(
             f"{path} was refused: it holds something other than tensors and plain data, which could run code "
-            f"({_one_line(error)}); there is no fallback to full unpickling"
+            f"({what}); there is no fallback to full unpickling"
         ) from error
     except Exception as error:  # whatever else a hostile archive provokes in torch's reader
         raise UsageError(f"{path} cannot be read as a checkpoint ({_one_line(error)}): make it again") from error
@@ -85,6 +88,19 @@ def _unpickle(file: BinaryIO, path: Path) -> dict[str, Any]:
 
 def load_weights(path: Path) -> dict[str, Tensor]:
     """Load a plain state dict of a backbone from a `.safetensors` or a torch file."""
+    content = load_nested(path)
+    weights = content.get("state_dict", content)
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise UsageError(f"{path} holds more than a state dict: save the backbone's state_dict() alone")
+    return dict(weights)
+
+
+def load_nested(path: Path) -> dict[str, Any]:
+    """Load a dictionary that holds tensors somewhere, from a `.safetensors` or a torch file of whatever age.
+
+    Raises:
+        UsageError: As `load`.
+    """
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -92,18 +108,38 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         if not path.is_file():
             raise UsageError(f"no weights at {path}: check the path")
         try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
+            return dict(load_file(path))
+        except (SafetensorError, OSError, ValueError) as error:
             raise UsageError(f"{path} is not a whole safetensors file ({_one_line(error)})") from error
     if path.is_file() and not zipfile.is_zipfile(path):  # of before PyTorch 1.6, as published weights often are
         with path.open("rb") as file:
-            content = _unpickle(file, path)
-    else:
-        content = load(path)
-    weights = content.get("state_dict", content)
-    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise UsageError(f"{path} holds more than a state dict: save the backbone's state_dict() alone")
-    return dict(weights)
+            return _unpickle(file, path)
+    return load(path)
+
+
+def find_non_finite(state: Mapping[str, Tensor]) -> str | None:
+    """Return the name of the first tensor that holds values that are no numbers, or None."""
+    return next((name for name, value in state.items() if not torch.isfinite(value.double()).all()), None)
+
+
+def check_values(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse weights that could not stand where they should: no plain floats, or no numbers.
+
+    Args:
+        found: Weights by name.
+        wanted: Those of the network; what is no float there may be anything.
+        path: Of the file.
+
+    Raises:
+        UsageError: Names the first.
+    """
+    floats = {name: found[name] for name, value in wanted.items() if value.is_floating_point() and name in found}
+    for name, value in floats.items():
+        if not value.is_floating_point() or value.layout != torch.strided or value.is_meta:
+            kind = "meta" if value.is_meta else f"{value.layout} {value.dtype}".replace("torch.", "")
+            raise UsageError(f"{path}: {name} is a {kind} tensor, not one of plain floats: save such weights")
+    if bad := find_non_finite(floats):
+        raise UsageError(f"{path}: {bad} holds values that are no numbers: its training diverged, train it again")
 
 
 def hash_state(state: Mapping[str, Tensor]) -> str:
@@ -131,5 +167,5 @@ def to_plain(value: Any) -> Any:
 
 
 def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = "".join(c for c in " ".join(str(error).split()) if c.isprintable()) or type(error).__name__
     return text if len(text) <= 160 else text[:157] + "..."

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from daft_domainbed.results.grids import Grid, to_csv, to_markdown, to_text
 from daft_domainbed.results.records import Note, Run
-from daft_domainbed.results.robustness import Row, average_domains, gather_models
+from daft_domainbed.results.robustness import (
+    Place,
+    Row,
+    average_domains,
+    gather_models,
+    list_marks,
+    list_origins,
+    name_kind,
+)
 from daft_domainbed.results.sweeps import Sweep
 from daft_domainbed.results.values import as_dict, as_list, is_number
 from daft_domainbed.runtime.layout import ADAPTATION_FILE, ADAPTATION_FOLDER
@@ -57,23 +64,21 @@ def build_adaptations(sweep: Sweep) -> tuple[list[AdaptationTable], list[Note]]:
     """
     notes: list[Note] = []
     rows: dict[Stream, list[AdaptedRow]] = defaultdict(list)
-    for dataset, models in gather_models(sweep).items():
-        for (algorithm, role), runs in models.items():
-            n_envs = len({env for env, _ in runs})
-            for (stream, method), found in _gather_numbers(sweep, dataset, runs, notes).items():
+    for (dataset, kind), models in gather_models(sweep).items():
+        for lot, runs in models.items():
+            n_envs = len({held_out for held_out, _ in runs})
+            for (stream, method), found in _gather_numbers(name_kind(dataset, kind), runs, notes).items():
                 if values := average_domains(found, n_envs):
-                    rows[stream].append(AdaptedRow(algorithm, role, values, method))
+                    rows[stream].append(AdaptedRow(*lot, values, list_origins(runs.values()), method))
     streams = sorted(rows, key=lambda stream: (stream.dataset, stream.strong_ratio > 0, stream))  # closed sets first
     return [AdaptationTable(stream, rows[stream]) for stream in streams], notes
 
 
-def _gather_numbers(
-    sweep: Sweep, dataset: str, runs: dict[tuple[int, int], Run], notes: list[Note]
-) -> dict[tuple[Stream, str], Any]:
+def _gather_numbers(dataset: str, runs: Mapping[Place, Run], notes: list[Note]) -> dict[tuple[Stream, str], Any]:
     """Return the numbers of an algorithm's models by stream and method, then by kind, trial and domain."""
     found: dict[tuple[Stream, str], Any] = {}
-    for (env, trial), run in sorted(runs.items()):
-        records = list(_read_adaptations(sweep.root, run))
+    for (held_out, trial), run in sorted(runs.items(), key=lambda item: item[0]):
+        records = list(_read_adaptations(run))
         if not records:
             notes.append(Note(run.folder, "was chosen and is not adapted: 'daft-domainbed sweep adapt' does that"))
         for record in records:
@@ -83,13 +88,13 @@ def _gather_numbers(
                 kinds = found.setdefault((stream, str(row.get("method"))), {})
                 for kind in KINDS:
                     if is_number(row.get(kind)):
-                        kinds.setdefault(kind, {}).setdefault(trial, {})[env] = row[kind]
+                        kinds.setdefault(kind, {}).setdefault(trial, {})[held_out] = row[kind]
     return found
 
 
-def _read_adaptations(root: Path, run: Run) -> Iterator[dict[str, Any]]:
+def _read_adaptations(run: Run) -> Iterator[dict[str, Any]]:
     """Yield the json of a run's adaptations to its first held-out domain, those that can be read."""
-    for path in sorted((root / run.folder / ADAPTATION_FOLDER).glob(f"*/{ADAPTATION_FILE}")):
+    for path in sorted((run.path / ADAPTATION_FOLDER).glob(f"*/{ADAPTATION_FILE}")):
         try:
             record = as_dict(json.loads(path.read_bytes()))
         except (OSError, ValueError, RecursionError):
@@ -116,17 +121,30 @@ def _list_grids(tables: Iterable[AdaptationTable]) -> Iterator[Grid]:
 
 
 def _to_text(tables: Sequence[AdaptationTable]) -> str:
-    return f"{to_text(_list_grids(tables))}\n{_FOOT}\n"
+    return "\n".join([to_text(_list_grids(tables)), *_list_marks(tables), _FOOT, ""])
 
 
 def _to_markdown(tables: Sequence[AdaptationTable]) -> str:
-    return f"{to_markdown(_list_grids(tables))}\n{_FOOT}\n"
+    return "\n".join([to_markdown(_list_grids(tables)), *(f"{mark}\n" for mark in _list_marks(tables)), _FOOT, ""])
+
+
+def _list_marks(tables: Sequence[AdaptationTable]) -> list[str]:
+    return list_marks(row for table in tables for row in table.rows)
 
 
 def _to_csv(tables: Sequence[AdaptationTable]) -> str:
-    head = [*Stream._fields, "algorithm", "role", "method", "accuracy", "mean", "stderr", "n"]
+    head = [*Stream._fields, "algorithm", "role", "method", "accuracy", "mean", "stderr", "n", "setting", "origins"]
     rows = [
-        [*table.stream, row.algorithm, row.role, row.method, kind, *value.describe().values()]
+        [
+            *table.stream,
+            row.algorithm,
+            row.role,
+            row.method,
+            kind,
+            *value.describe().values(),
+            row.setting,
+            "; ".join(row.origins),
+        ]
         for table in tables
         for row in table.rows
         for kind, value in row.values.items()
@@ -140,12 +158,8 @@ def _to_json(tables: Sequence[AdaptationTable]) -> str:
         {
             **table.stream._asdict(),
             "rows": [
-                {
-                    "algorithm": row.algorithm,
-                    "role": row.role,
-                    "method": row.method,
-                    "values": {kind: value.describe() for kind, value in row.values.items()},
-                }
+                row.describe()
+                | {"method": row.method, "values": {kind: value.describe() for kind, value in row.values.items()}}
                 for row in table.rows
             ],
         }

@@ -7,20 +7,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from daft_domainbed.results.cells import Number, Row, Table
 from daft_domainbed.results.lineage import trace_teachers
 from daft_domainbed.results.records import Run
 from daft_domainbed.results.selection import IN, OUT
 from daft_domainbed.results.statistics import mean
 from daft_domainbed.results.svg import Svg, write_element
 from daft_domainbed.results.sweeps import Sweep
-from daft_domainbed.results.tables import Number, Row, Table
 
 COLORS = 8  # as many as report.css has
 
 # Of the training curves: lines of one algorithm, points of one line, points of one data set.
 MOST_TRIALS, MOST_POINTS, MOST_POINTS_IN_ALL = 5, 60, 20_000
 
-ReadCurve = Callable[[Run], np.ndarray]  # fractions, [C]
+ReadCurve = Callable[[Run, int], np.ndarray]  # of a run and a held-out domain: fractions, [C]
 
 
 class Curve(NamedTuple):
@@ -36,7 +36,7 @@ class Curve(NamedTuple):
 def draw_curves(table: Table) -> list[dict[str, Any]]:
     """Draw a data set's training curves, a chart a held-out domain, of the runs that the table's selection chose."""
     students = [row for row in table.rows if row.role == "student"]
-    legend = [(row.algorithm, color % COLORS) for color, row in enumerate(students)]
+    legend = [(row.label, color % COLORS) for color, row in enumerate(students)]
     charts: list[dict[str, Any]] = []
     for title, read in _CURVES.items():
         panels = [(name, collect_curves(students, env, read)) for env, name in enumerate(table.environments)]
@@ -45,12 +45,12 @@ def draw_curves(table: Table) -> list[dict[str, Any]]:
     return charts
 
 
-def read_held_out(run: Run) -> np.ndarray:
-    """Return a run's accuracy on its held-out domain's in-split, a fraction a checkpoint."""
-    return run.accs[:, run.key.test_envs[0], IN]
+def read_held_out(run: Run, env: int) -> np.ndarray:
+    """Return a run's accuracy on a held-out domain's in-split, a fraction a checkpoint."""
+    return run.accs[:, env, IN]
 
 
-def _read_training(run: Run) -> np.ndarray:
+def _read_training(run: Run, env: int) -> np.ndarray:
     return np.delete(run.accs[:, :, OUT], run.key.test_envs, axis=1).mean(axis=1)
 
 
@@ -66,17 +66,17 @@ def collect_curves(students: Sequence[Row], env: int, read: ReadCurve) -> list[C
     n_points = max(8, min(MOST_POINTS, MOST_POINTS_IN_ALL // max(1, 2 * n_lines)))
     curves = []
     for color, row in enumerate(students):
-        trials = [_thin_out(color, number, read, n_points) for number in row.cells[env].numbers[:MOST_TRIALS]]
-        curves += [*trials, *_average_curves(trials, row.algorithm)]
+        trials = [_thin_out(color, number, read, env, n_points) for number in row.cells[env].numbers[:MOST_TRIALS]]
+        curves += [*trials, *_average_curves(trials, row.label)]
     return curves
 
 
-def _thin_out(color: int, number: Number, read: ReadCurve, n_points: int) -> Curve:
+def _thin_out(color: int, number: Number, read: ReadCurve, env: int, n_points: int) -> Curve:
     run, at = number.choice.run, number.choice.at
     kept = np.linspace(0, len(run.steps) - 1, min(len(run.steps), n_points)).round().astype(int)
     kept = np.union1d(kept, [at])
     label = f"{run.key.algorithm}, trial {run.key.trial_seed}, hparams_seed {run.key.hparams_seed}"
-    return Curve(label, color, run.steps[kept], 100 * read(run)[kept], int(np.searchsorted(kept, at)))
+    return Curve(label, color, run.steps[kept], 100 * read(run, env)[kept], int(np.searchsorted(kept, at)))
 
 
 def _average_curves(trials: Sequence[Curve], name: str) -> list[Curve]:
@@ -198,5 +198,5 @@ def pair_up(students: Sequence[Row], env: int, sweep: Sweep) -> list[Pair]:
                 if teacher.generation == 1 and (acc := teacher.read_acc(env)) is not None:
                     accs.setdefault(teacher.slot, []).append(100 * acc)
         means = {slot: value for slot, values in accs.items() if (value := mean(values)) is not None}
-        pairs.append(Pair(row.algorithm, color % COLORS, cell.mean, means))
+        pairs.append(Pair(row.label, color % COLORS, cell.mean, means))
     return pairs

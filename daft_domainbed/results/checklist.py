@@ -8,12 +8,15 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
+from daft_domainbed.results.cells import Table
+from daft_domainbed.results.comparison import collect_trials
 from daft_domainbed.results.draws import list_chosen, list_varying
 from daft_domainbed.results.grids import Grid, to_csv, to_markdown, to_text, to_wrapped_latex
 from daft_domainbed.results.plans import order_algorithms
 from daft_domainbed.results.records import Run
+from daft_domainbed.results.settings import describe_settings
 from daft_domainbed.results.sweeps import Sweep
-from daft_domainbed.results.tables import Results, Table
+from daft_domainbed.results.tables import Results
 from daft_domainbed.results.typesetting import NOTHING
 from daft_domainbed.runtime.durations import format_duration
 from daft_domainbed.runtime.sizes import format_size, read_size
@@ -69,18 +72,26 @@ class Checklist:
 def build_checklist(results: Results) -> Checklist:
     """Return what the records of a sweep say."""
     sweep = results.sweep
-    first = {table.dataset: table for table in reversed(results.tables) if table.is_asked}
-    entries = [entry for table in reversed(first.values()) for entry in _describe(sweep, table)]
+    first = {(table.dataset, table.kind): table for table in reversed(results.tables) if table.is_asked}
+    tables = [*reversed(first.values())]
+    named = [table.dataset for table in tables]
+    entries = [
+        entry
+        for i, table in enumerate(tables)
+        for entry in _describe(sweep, table, has_teachers=table.dataset not in named[:i])
+    ]
     return Checklist(entries, _list_notes(sweep))
 
 
-def _describe(sweep: Sweep, table: Table) -> Iterator[Entry]:
-    students = [run for run in sweep.runs if run.key.dataset == table.dataset]
+def _describe(sweep: Sweep, table: Table, *, has_teachers: bool) -> Iterator[Entry]:
+    students = [run for run in sweep.runs if (run.key.dataset, run.kind) == (table.dataset, table.kind)]
     for name in order_algorithms(sweep.plan, (run.key.algorithm for run in students)):
-        runs = [run for run in students if run.key.algorithm == name]
-        n_trials = next((len(row.list_trials()) for row in table.rows if row.algorithm == name), 0)
-        yield _describe_runs(table, name, "student", runs, sweep, n_trials)
-    teachers = [run for run in sweep.teachers.values() if run.key.dataset == table.dataset]
+        own = [run for run in students if run.key.algorithm == name]
+        for setting, text in describe_settings(run.setting for run in own).items():
+            label = f"{name} ({text})" if text else name
+            runs = [run for run in own if run.setting == setting]
+            yield _describe_runs(table, label, "student", runs, sweep, len(collect_trials(table, label)))
+    teachers = [run for run in sweep.teachers.values() if has_teachers and run.key.dataset == table.dataset]
     for name in order_algorithms(None, (run.key.algorithm for run in teachers)):
         yield _describe_runs(
             table, name, "teacher", [run for run in teachers if run.key.algorithm == name], sweep, None
@@ -90,13 +101,14 @@ def _describe(sweep: Sweep, table: Table) -> Iterator[Entry]:
 def _describe_runs(
     table: Table, name: str, role: str, runs: Sequence[Run], sweep: Sweep, n_trials: int | None
 ) -> Entry:
+    algorithm = runs[0].key.algorithm
     draws = len({run.key.hparams_seed for run in runs})
     seconds = [run.seconds for run in runs if run.seconds is not None]
     parameters, multiply_adds = read_size(runs[0].first)
     is_search = role == "student" and draws > 1
     chosen = "as given"
     if role == "student":
-        chosen = "by validation, in each trial and domain" if is_search else _name_chosen(sweep, name)
+        chosen = "by validation, in each trial and domain" if is_search else _name_chosen(sweep, algorithm)
     return Entry(
         dataset=table.name,
         algorithm=name,
@@ -107,7 +119,7 @@ def _describe_runs(
         steps=sorted({int(run.steps[-1]) + 1 for run in runs}),
         evaluations=int(median(len(run.steps) for run in runs)),
         draws=draws,
-        searched=list_varying(sweep, table.dataset, name) if is_search else [],
+        searched=list_varying(runs) if is_search else [],
         chosen=chosen,
         parameters=parameters,
         multiply_adds=multiply_adds,
@@ -130,12 +142,15 @@ def _list_notes(sweep: Sweep) -> list[str]:
     notes += (
         [f"put aside for validation: {', '.join(f'{share:g} %' for share in shares)} of a domain"] if shares else []
     )
-    given = sweep.plan.args.get("hparams") if sweep.plan else None
-    notes += [f"set by hand: {given}"] if isinstance(given, str) else []
+    given = {args.get("hparams") for args in sweep.plan.list_args()} if sweep.plan else set()
+    texts = sorted(text for text in given if isinstance(text, str))
+    notes += [f"set by hand: {' and '.join(texts)}"] if texts else []
     machines = [run.machine for run in sweep.runs if run.machine]
     for name in ("commit", "torch", "cpu", "gpu"):
         values = sorted({str(machine[name]) for machine in machines if machine.get(name)})
         notes += [f"{name}: {', '.join(values)}"] if values else []
+    origins = dict.fromkeys(f"{run.key.algorithm} starts from {text}" for run in sweep.runs for text in run.origins)
+    notes += list(origins)
     notes += [f"{len(sweep.missing)} planned jobs are not done"] if sweep.missing else []
     return notes
 

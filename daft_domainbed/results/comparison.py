@@ -7,13 +7,14 @@ A trial's number is the mean, over held-out domains, of the accuracy that a sele
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from daft_domainbed.errors import UsageError, suggest
+from daft_domainbed.results.cells import Table
 from daft_domainbed.results.statistics import adjust_holm, bootstrap_mean, flip_signs, mean
-from daft_domainbed.results.tables import Results, Table
+from daft_domainbed.results.tables import Results
 
 # Of three normal samples the percentile bootstrap's 95 % interval covers the mean in 76 % of cases, of ten in 90 %; and
 # with five no sign-flip test comes below 0.05.
@@ -35,6 +36,7 @@ class Comparison:
         p: Two-sided, by exact sign flips; None for fewer than two trials.
         p_adjusted: The same after Holm's correction for the comparisons of this data set.
         gains: Mean gain on each held-out domain.
+        origins: What the networks of both start from, where they do not start from nothing.
     """
 
     dataset: str
@@ -47,6 +49,7 @@ class Comparison:
     p: float | None
     p_adjusted: float | None
     gains: dict[str, float | None]
+    origins: list[str] = field(default_factory=list)
 
 
 def compare(
@@ -58,7 +61,7 @@ def compare(
         UsageError: An algorithm has no students in any table.
     """
     tables = [table for table in results.tables if table.selection == selection]
-    known = {row.algorithm for table in tables for row in table.rows if row.role == "student"}
+    known = {row.name for table in tables for row in table.rows if row.role == "student"}
     for name in (first, *others):
         if name not in known:
             raise UsageError(
@@ -76,7 +79,11 @@ def correct_family(family: Sequence[Comparison]) -> list[Comparison]:
 
 
 def _compare(table: Table, first: str, second: str) -> Comparison:
-    return compare_trials(table, first, second, collect_trials(table, first), collect_trials(table, second))
+    entry = compare_trials(table, first, second, collect_trials(table, first), collect_trials(table, second))
+    rows = [row for row in table.rows if row.role == "student" and row.name in (first, second)]
+    return replace(
+        entry, origins=list(dict.fromkeys(f"{row.name} starts from {o}" for row in rows for o in row.origins))
+    )
 
 
 def compare_trials(
@@ -95,7 +102,14 @@ def compare_trials(
     pairs = np.array([np.subtract(of_first[trial], of_second[trial]) for trial in trials])
     gains = pairs.mean(axis=1).tolist() if trials else []
     is_tested = len(gains) > 1
-    by_env: list[float | None] = pairs.mean(axis=0).tolist() if trials else [None] * len(table.environments)
+    places = list_places(table, len(pairs[0]) if trials else None)
+    by_place = pairs.mean(axis=0) if trials else np.zeros(0)
+    by_env = {
+        env: float(np.mean([gain for gain, place in zip(by_place, places, strict=True) if place == env]))
+        if trials
+        else None
+        for env in dict.fromkeys(places)
+    }
     return Comparison(
         dataset=table.name,
         selection=table.selection,
@@ -106,11 +120,29 @@ def compare_trials(
         interval=bootstrap_mean(gains) if len(gains) >= FEWEST_TRIALS else None,
         p=flip_signs(gains) if is_tested else None,
         p_adjusted=None,
-        gains=dict(zip(table.environments, by_env, strict=True)),
+        gains=by_env,
     )
 
 
 def collect_trials(table: Table, algorithm: str) -> dict[int, list[float]]:
-    """Return a student's accuracies, in percent, of each trial that has one for every held-out domain."""
-    rows = [row for row in table.rows if (row.role, row.algorithm) == ("student", algorithm)]
-    return rows[0].list_trials() if rows else {}
+    """Return a student's accuracies, in percent, of each trial that has one for every held-out domain asked for.
+
+    Args:
+        table: Of a selection.
+        algorithm: The student's, with what tells its rows apart where it has several.
+    """
+    by_row = [row.list_trials() for row in table.rows if (row.role, row.name) == ("student", algorithm)]
+    trials = sorted(set.intersection(*map(set, by_row))) if by_row else []
+    return {trial: [acc for trials_of in by_row for acc in trials_of[trial]] for trial in trials}
+
+
+def list_places(table: Table, count: int | None) -> list[str]:
+    """Return the held-out domain of each accuracy of a trial, as `collect_trials` has them.
+
+    Args:
+        table: Whose first student's rows are looked at.
+        count: How many accuracies there are; None where nobody knows.
+    """
+    students = [row for row in table.rows if row.role == "student"]
+    places = [cell.env for row in students if row.name == students[0].name for cell in row.asked]
+    return places if count in (None, len(places)) else table.environments

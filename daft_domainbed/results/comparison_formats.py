@@ -43,7 +43,7 @@ def _list_notes(family: Sequence[Comparison]) -> list[str]:
         notes.append(f"p: two-sided, {flips}{corrected}")
     if any(entry.interval for entry in family):
         notes.append("95 % interval: bootstrap over trials, 10,000 draws")
-    return notes
+    return notes + list(dict.fromkeys(origin for entry in family for origin in entry.origins))
 
 
 def _format(entry: Comparison) -> str:
@@ -93,9 +93,10 @@ def _to_csv(comparisons: Sequence[Comparison]) -> str:
     for entry in comparisons:
         start = [entry.dataset, entry.selection, entry.first, entry.second]
         low, high = entry.interval or (None, None)
-        rows.append([*start, "average", entry.gain, low, high, entry.p, entry.p_adjusted, entry.n])
-        rows += [[*start, env, gain, None, None, None, None, entry.n] for env, gain in entry.gains.items()]
-    head = ["dataset", "selection", "first", "second", "env", "gain", "low", "high", "p", "p_adjusted", "n"]
+        origins = "; ".join(entry.origins)
+        rows.append([*start, "average", entry.gain, low, high, entry.p, entry.p_adjusted, entry.n, origins])
+        rows += [[*start, env, gain, None, None, None, None, entry.n, origins] for env, gain in entry.gains.items()]
+    head = ["dataset", "selection", "first", "second", "env", "gain", "low", "high", "p", "p_adjusted", "n", "origins"]
     return to_csv(head, rows)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from daft_domainbed.results.cells import Row, Table
 from daft_domainbed.results.records import Run
 from daft_domainbed.results.selection import SELECTION_WORDS
 from daft_domainbed.results.sweeps import Sweep
-from daft_domainbed.results.tables import Results, Row, Table
+from daft_domainbed.results.tables import Results
 from daft_domainbed.results.values import as_dict, as_list
 
 
@@ -28,14 +29,16 @@ def format_draws(results: Results) -> str:
 def _list_row(sweep: Sweep, table: Table, row: Row) -> Iterator[str]:
     """Yield a line a held-out domain, then a line for each draw that is not the defaults."""
     seen: dict[tuple[int, int], Run] = {}
-    for cell in row.cells:
+    for cell in row.asked:
         draws = []
         for number in cell.numbers:
             key = number.choice.run.key
             seen[key.trial_seed, key.hparams_seed] = number.choice.run
             draws.append(f"{name_draw(key.hparams_seed)} in trial {key.trial_seed}")
-        yield f"  {row.algorithm} on {cell.env}: {', '.join(draws) or 'nothing'}"
-    varying = list_varying(sweep, table.dataset, row.algorithm)
+        yield f"  {row.label} on {cell.env}: {', '.join(draws) or 'nothing'}"
+    settings = {run.setting for run in seen.values()}
+    own = [run for run in sweep.runs if (run.key.dataset, run.key.algorithm) == (table.dataset, row.algorithm)]
+    varying = list_varying([run for run in own if run.setting in settings])
     for (trial, draw), run in sorted(seen.items()):
         if draw:
             values = {name: run.hparams.get(name) for name in varying}
@@ -52,9 +55,8 @@ def name_draw(number: int) -> str:
     return f"draw {number}" if number else "defaults"
 
 
-def list_varying(sweep: Sweep, dataset: str, algorithm: str) -> list[str]:
+def list_varying(runs: Sequence[Run]) -> list[str]:
     """Return the hyperparameters that differ between the draws of an algorithm."""
-    runs = [run for run in sweep.runs if (run.key.dataset, run.key.algorithm) == (dataset, algorithm)]
     names = sorted({name for run in runs for name in run.hparams})
     return [name for name in names if len({repr(run.hparams.get(name)) for run in runs}) > 1]
 
@@ -75,9 +77,9 @@ def write_values(values: Mapping[str, Any]) -> str:
 
 def list_chosen(sweep: Sweep) -> list[str]:
     """Return a line for each setting that another sweep chose for this one's students."""
-    chosen = as_dict(sweep.plan.args.get("chosen")) if sweep.plan else {}
     lines = []
-    for setting in map(as_dict, as_list(chosen.get("settings"))):
+    sources = [as_dict(args.get("chosen")) for args in (sweep.plan.list_args() if sweep.plan else ())]
+    for chosen, setting in [(one, as_dict(setting)) for one in sources for setting in as_list(one.get("settings"))]:
         env, number = setting.get("test_env"), setting.get("hparams_seed")
         names = sweep.environments.get(str(setting.get("dataset")), [])
         where = f" on {names[env]}" if isinstance(env, int) and env < len(names) else ""
@@ -86,4 +88,4 @@ def list_chosen(sweep: Sweep) -> list[str]:
         lines.append(
             f"  {setting.get('algorithm')}{where}: {draw} in {chosen.get('from')}" + (f" ({values})" if values else "")
         )
-    return lines
+    return list(dict.fromkeys(lines))

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from daft_domainbed.errors import UsageError
+from daft_domainbed.results.cells import Row, Table
 from daft_domainbed.results.charts import collect_curves, pair_up, read_held_out
 from daft_domainbed.results.comparison import FEWEST_TRIALS, compare
 from daft_domainbed.results.selection import SELECTION_WORDS
 from daft_domainbed.results.statistics import bootstrap_mean, standard_error
-from daft_domainbed.results.tables import Results, Row, Table
+from daft_domainbed.results.tables import Results
 from daft_domainbed.runtime.sizes import read_size
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def _draw_domains(table: Table, students: Sequence[Row]) -> Figure:
         for j, values in enumerate(lots):
             if values:
                 at, height = j + (i - (len(students) - 1) / 2) * width, float(np.mean(values))
-                label = row.algorithm if j == 0 else None
+                label = row.label if j == 0 else None
                 error = _get_error(values, height, has_intervals)
                 axis.bar(
                     at, height, width, yerr=error, color=COLORS[i % len(COLORS)], label=label, error_kw={"lw": 0.8}
@@ -136,13 +137,10 @@ def _draw_pairs(results: Results, table: Table, students: Sequence[Row]) -> Figu
     figure, (axis,) = _start(1, width=2.6)
     for i, row in enumerate(students):
         own = [
-            (value, pair.student)
-            for pair in pairs
-            if pair.algorithm == row.algorithm
-            for value in pair.teachers.values()
+            (value, pair.student) for pair in pairs if pair.algorithm == row.label for value in pair.teachers.values()
         ]
         if own:
-            axis.plot(*np.array(own).T, "o", ms=4, color=COLORS[i % len(COLORS)], label=row.algorithm)
+            axis.plot(*np.array(own).T, "o", ms=4, color=COLORS[i % len(COLORS)], label=row.label)
     limits = [*axis.get_xlim(), *axis.get_ylim()]
     low, high = min(limits), max(limits)
     axis.plot([low, high], [low, high], lw=0.6, color="0.5", zorder=0)
@@ -159,7 +157,7 @@ def _draw_curves(table: Table, students: Sequence[Row]) -> Figure:
         averaged = {curve.color for curve in curves if curve.at is None}
         for curve in curves:
             is_thin = curve.at is not None and curve.color in averaged
-            label = None if is_thin else students[curve.color].algorithm
+            label = None if is_thin else students[curve.color].label
             color = COLORS[curve.color % len(COLORS)]
             axis.plot(curve.steps, curve.values, lw=0.5 if is_thin else 1.4, alpha=0.6 if is_thin else 1, color=color,
                       label=label)  # fmt: skip

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import PurePosixPath
 from typing import Any
 
+from daft_domainbed.results.cells import Number, Row, Table, get_run
 from daft_domainbed.results.grids import (
     NEEDS_PACKAGES,
     escape_latex,
@@ -17,8 +18,7 @@ from daft_domainbed.results.grids import (
     write_latex_text,
 )
 from daft_domainbed.results.missing import Missing
-from daft_domainbed.results.sweeps import Sweep
-from daft_domainbed.results.tables import Number, Results, Row, average_datasets, read_hparams
+from daft_domainbed.results.tables import Results, average_datasets, read_hparams
 from daft_domainbed.results.typesetting import Layout, lay_out, say_not_asked
 
 WIDTH = 100  # of text, in columns
@@ -33,7 +33,10 @@ def to_json(results: Results) -> dict[str, Any]:
                 "dataset": table.dataset,
                 "selection": table.selection,
                 "environments": table.environments,
-                "rows": [_row_to_json(results.sweep, row) for row in table.rows],
+                "kind": table.kind,
+                "held_out": list(table.held_out),
+                "rows": [_row_to_json(row) for row in table.rows],
+                **_average_to_json(table),
             }
             for table in results.tables
         ],
@@ -54,33 +57,52 @@ def _missing_to_json(missing: Missing) -> dict[str, Any]:
     }
 
 
-def _row_to_json(sweep: Sweep, row: Row) -> dict[str, Any]:
+def _average_to_json(table: Table) -> dict[str, Any]:
+    """Return means over sources, of single sources only: they stand in no row."""
+    rows = [
+        {
+            "algorithm": row.algorithm,
+            "role": row.role,
+            **({"setting": row.setting} if row.setting else {}),
+            **({"origins": list(row.origins)} if row.origins else {}),
+            "cells": [{"env": cell.env, "mean": cell.mean, "n": len(cell.values)} for cell in row.cells],
+            "average": row.average,
+        }
+        for row in table.average_sources()
+    ]
+    return {"target_average": rows} if rows else {}
+
+
+def _row_to_json(row: Row) -> dict[str, Any]:
     cells = [
         {
             "env": cell.env,
             "mean": cell.mean,
             "stderr": cell.stderr,
             "n": len(cell.values),
-            "chosen": [_number_to_json(sweep, number) for number in cell.numbers],
+            "chosen": [_number_to_json(number) for number in cell.numbers],
         }
         for cell in row.cells
     ]
     return {
         "algorithm": row.algorithm,
         "role": row.role,
+        **({"setting": row.setting} if row.setting else {}),
+        **({"source": row.source} if row.source is not None else {}),
+        **({"origins": list(row.origins)} if row.origins else {}),
         "cells": cells,
         "average": row.average,
         "average_stderr": row.average_stderr,
     }
 
 
-def _number_to_json(sweep: Sweep, number: Number) -> dict[str, Any]:
-    run = number.teacher.run if number.teacher else number.choice.run
+def _number_to_json(number: Number) -> dict[str, Any]:
+    run = get_run(number)
     return {
         "trial_seed": number.choice.run.key.trial_seed,
         "hparams_seed": number.choice.run.key.hparams_seed,
         "step": number.teacher.last_step if number.teacher else number.choice.step,
-        "hparams": read_hparams(sweep, run) if run else None,
+        "hparams": read_hparams(run) if run else None,
     }
 
 
@@ -129,7 +151,7 @@ def _align(layout: Layout) -> list[str]:
             body = f"{value:>{mean_width}} {error}".rstrip()
             text.append(body + ("*" if best else "") + (f" [{number}]" if number else ""))
         widths.append(max(len(header), *(len(text[-1]) for text in texts)))
-    first = max(len(line.row.algorithm) for line in layout.lines)
+    first = max(len(line.row.name + line.row.origin) for line in layout.lines)
     rows = [_join_columns("", first, headers, widths)]
     rule = "-" * (first + sum(widths) + 3 * len(widths))
     role = "student"
@@ -137,7 +159,7 @@ def _align(layout: Layout) -> list[str]:
         if line.row.role != role:
             role = line.row.role
             rows += [rule, "teachers"]
-        rows.append(_join_columns(line.row.algorithm, first, text, widths))
+        rows.append(_join_columns(line.row.name + line.row.origin, first, text, widths))
     return rows
 
 
@@ -205,11 +227,13 @@ def format_csv(results: Results) -> str:
     for table in results.tables:
         for row in table.rows if table.is_asked else ():
             start = [table.dataset, table.selection, row.role, row.algorithm]
-            for cell in row.cells:
-                rows.append([*start, cell.env, cell.mean, cell.stderr, len(cell.values), cell.gap])
+            end = [row.setting, row.source, "; ".join(row.origins)]
+            for cell in row.asked:
+                rows.append([*start, cell.env, cell.mean, cell.stderr, len(cell.values), cell.gap, *end])
             n = None if row.average_stderr is None else len(row.list_trials())
-            rows.append([*start, "average", row.average, row.average_stderr, n, None])
-    return to_csv(["dataset", "selection", "role", "algorithm", "env", "mean", "stderr", "n", "missing"], rows)
+            rows.append([*start, "average", row.average, row.average_stderr, n, None, *end])
+    head = ["dataset", "selection", "role", "algorithm", "env", "mean", "stderr", "n", "missing"]
+    return to_csv([*head, "setting", "source", "origins"], rows)
 
 
 def format_json(results: Results) -> str:

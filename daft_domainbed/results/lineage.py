@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from daft_domainbed.methods import METHODS
@@ -10,7 +10,7 @@ from daft_domainbed.results.records import Run
 from daft_domainbed.results.selection import IN
 from daft_domainbed.results.sweeps import Sweep
 from daft_domainbed.results.values import as_dict, is_name, is_number, show_name
-from daft_domainbed.runtime.layout import list_teachers
+from daft_domainbed.runtime.layout import list_teachers, name_teacher_file
 
 MOST_TEACHERS = 8  # behind one student: a bound for records that nest without end
 
@@ -73,16 +73,19 @@ def _list_nearest(
 ) -> list[TracedTeacher]:
     """List the teachers of a student, itself a teacher or not, from what is recorded about them, else from the plan."""
     if recorded:
-        return [_find_recorded(sweep, slot, generation, facts) for slot, facts in recorded.items()]
+        root = student.root if student else None
+        return [_find_recorded(sweep, root, slot, generation, facts) for slot, facts in recorded.items()]
     planned = sweep.plan.runs.get(student.folder) if sweep.plan and student else None
     ids = [PurePosixPath(need).name for need in (planned.needs if planned else ())]
-    runs = {teacher_id: sweep.teachers[teacher_id] for teacher_id in ids if teacher_id in sweep.teachers}
+    runs = {i: run for i in ids if (run := sweep.find_teacher(i, student.root if student else None))}
     return [TracedTeacher(run.key.algorithm, i, "teacher", generation, {}, run) for i, run in runs.items()]
 
 
-def _find_recorded(sweep: Sweep, slot: str, generation: int, recorded: dict[str, Any]) -> TracedTeacher:
-    teacher_id = PurePosixPath(str(recorded.get("path", ""))).name
-    run = sweep.teachers.get(teacher_id)
+def _find_recorded(
+    sweep: Sweep, root: Path | None, slot: str, generation: int, recorded: dict[str, Any]
+) -> TracedTeacher:
+    teacher_id = PurePosixPath(name_teacher_file(recorded)).parent.name if "path" in recorded else ""
+    run = sweep.find_teacher(teacher_id, root)
     named = recorded.get("algorithm")
     algorithm = show_name(named) if is_name(named) else run.key.algorithm if run else "unknown"
     return TracedTeacher(algorithm, teacher_id, slot, generation, recorded, run)

@@ -95,8 +95,9 @@ def cut_sweep_path(text: str, root: Path, run: PlannedRun | Run) -> str:
     """
     roots = {str(root.resolve()), os.path.abspath(root)}
     made_in = run.args.get("output_dir")
-    if isinstance(made_in, str) and made_in.endswith(f"/{run.folder}"):
-        roots.add(made_in.removesuffix(f"/{run.folder}"))
+    folder = run.folder.removeprefix(f"{root}/")  # where several sweeps are read as one
+    if isinstance(made_in, str) and made_in.endswith(f"/{folder}"):
+        roots.add(made_in.removesuffix(f"/{folder}"))
     if os.path.isabs(run.folder):
         roots.add(os.path.dirname(run.folder))
     for path in sorted(roots - {"", "/", "."}, key=len, reverse=True):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from daft_domainbed.methods import ADAPTATION, EVALUATION, METHODS, STUDENT
+from daft_domainbed.results.asked import LEAVE_OUT, SINGLE_SOURCE
 from daft_domainbed.results.records import Note, RunKey
+from daft_domainbed.results.settings import Setting, read_given
 from daft_domainbed.results.values import as_dict, as_list, is_name, show_name
 from daft_domainbed.runtime.layout import PLAN_FILE
 
@@ -26,6 +29,8 @@ class PlannedRun:
         needs: Paths of the teachers that it needs, relative to the sweep.
         key: Data set, algorithm, held-out domains and seeds.
         args: The arguments of `train`.
+        kind: "leave-out" or "single-source", as it was asked for.
+        given: What it is given beside the draw.
     """
 
     stage: str
@@ -33,6 +38,13 @@ class PlannedRun:
     needs: tuple[str, ...]
     key: RunKey
     args: dict[str, Any]
+    kind: str = LEAVE_OUT
+    given: Setting = ()
+
+    def below(self, prefix: str) -> PlannedRun:
+        """Return the same run with the paths of its sweep's folders below another one."""
+        folder, *needs = (path if os.path.isabs(path) else prefix + path for path in (self.folder, *self.needs))
+        return replace(self, folder=folder, needs=tuple(needs))
 
     @property
     def is_teacher(self) -> bool:
@@ -48,11 +60,18 @@ class Plan:
         args: The arguments of the sweep.
         environments: Names of the domains of each data set.
         runs: The planned runs, by folder.
+        parts: The arguments of each sweep where several are read as one.
     """
 
     args: dict[str, Any]
     environments: dict[str, list[str]]
     runs: dict[str, PlannedRun]
+    parts: list[dict[str, Any]] = field(default_factory=list)
+
+    def below(self, prefix: str) -> Plan:
+        """Return the same plan with the paths of its folders below another one."""
+        runs = [run.below(prefix) for run in self.runs.values()]
+        return Plan(self.args, self.environments, {run.folder: run for run in runs})
 
     def relabel(self, labels: Mapping[str, str]) -> Plan:
         """Return the same plan with its data sets called as in tables."""
@@ -61,6 +80,10 @@ class Plan:
             {labels.get(name, name): envs for name, envs in self.environments.items()},
             {folder: replace(run, key=run.key.relabel(labels)) for folder, run in self.runs.items()},
         )
+
+    def list_args(self) -> list[dict[str, Any]]:
+        """Return the arguments of every sweep that it is of."""
+        return self.parts or [self.args]
 
     def measure_depths(self) -> dict[str, int]:
         """Return, by folder, how many teachers stand one behind the other behind each run."""
@@ -86,11 +109,11 @@ def read_plan(root: Path, notes: list[Note]) -> Plan | None:
     try:
         plan = json.loads(path.read_bytes())
         entries = [as_dict(entry) for entry in plan["jobs"]]
-        runs = [_read_planned_run(entry) for entry in entries if entry["stage"] not in (EVALUATION, ADAPTATION)]
+        args = as_dict(plan.get("args"))
+        runs = [_read_planned_run(entry, args) for entry in entries if entry["stage"] not in (EVALUATION, ADAPTATION)]
         known = {run.args["dataset"]: run.key.dataset for run in runs}
         environments = as_dict(plan.get("environments"))
         named = {known.get(name, name): show_names(envs) for name, envs in environments.items() if are_names(envs)}
-        args = as_dict(plan.get("args"))
         args["datasets"] = [known.get(name, name) for name in as_list(args.get("datasets")) if is_name(name)]
         return Plan(args, named, {run.folder: run for run in runs})
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
@@ -99,13 +122,15 @@ def read_plan(root: Path, notes: list[Note]) -> Plan | None:
         return None
 
 
-def _read_planned_run(entry: dict[str, Any]) -> PlannedRun:
+def _read_planned_run(entry: dict[str, Any], sweep: dict[str, Any]) -> PlannedRun:
     return PlannedRun(
         stage=str(entry["stage"]),
         folder=PurePosixPath(entry["folder"]).as_posix(),
         needs=tuple(PurePosixPath(need).as_posix() for need in entry.get("needs") or ()),
         key=RunKey.of(entry["args"]),
         args=entry["args"],
+        kind=SINGLE_SOURCE if sweep.get("single_source") else LEAVE_OUT,
+        given=read_given(entry["args"], sweep.get("chosen") if entry["stage"] == STUDENT else None),
     )
 
 

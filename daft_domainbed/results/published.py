@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from daft_domainbed.errors import UsageError
 from daft_domainbed.methods import PLAIN
+from daft_domainbed.results.asked import LEAVE_OUT
+from daft_domainbed.results.cells import Row, Table
 from daft_domainbed.results.statistics import standard_error
-from daft_domainbed.results.tables import Results, Table
+from daft_domainbed.results.tables import Results
 
 # Percent, training-domain validation, mean over held-out domains (Gulrajani and Lopez-Paz, 2021, arXiv 2007.01434, as
 # DomainBed's tables have it today): ResNet-50, 5,000 steps (10,000 on DomainNet), 3 trials of 20 random draws; for
@@ -30,7 +32,7 @@ def format_published(results: Results) -> str:
         UsageError: There is none with ERM's accuracy on every held-out domain.
     """
     tables = [table for table in results.tables if table.selection == "training-domain"]
-    lines = [line for table in tables if (line := _format(table))]
+    lines = [line for table in tables for row in table.rows if (line := _format(table, row))]
     if not lines:
         raise UsageError(
             f"--published: no {PLAIN} of {', '.join(PUBLISHED)} with every held-out domain in this sweep: nothing is "
@@ -42,9 +44,10 @@ def format_published(results: Results) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _format(table: Table) -> str | None:
-    row = next((row for row in table.rows if (row.role, row.algorithm) == ("student", PLAIN)), None)
-    if row is None or row.average is None or table.dataset not in PUBLISHED:
+def _format(table: Table, row: Row) -> str | None:
+    is_plain = (row.role, row.algorithm) == ("student", PLAIN)
+    is_whole = table.kind == LEAVE_OUT and {*table.held_out} == {*table.environments}
+    if not is_plain or row.average is None or table.dataset not in PUBLISHED or not is_whole:
         return None
     trials = [number for cell in row.cells for number in cell.numbers]
     seeds = sorted({number.choice.run.key.trial_seed for number in trials})
@@ -57,6 +60,6 @@ def _format(table: Table) -> str | None:
     is_other = table.dataset not in _SMALL and any(name not in _NETWORKS for name in networks)
     network = f"; yours is {', '.join(networks)}, theirs ResNet-50" if is_other else ""
     return (
-        f"{table.dataset}, {PLAIN}, training-domain validation: yours {yours} (n = {len(seeds)} trials), published "
-        f"{theirs:.1f}: {row.average - theirs:+.1f}{network}"
+        f"{table.dataset}, {row.name}, training-domain validation: yours {yours} (n = {len(seeds)} trials), published "
+        f"{theirs:.1f}: {row.average - theirs:+.1f}{network}{''.join(f'; starts from {text}' for text in row.origins)}"
     )

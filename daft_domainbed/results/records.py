@@ -19,7 +19,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from daft_domainbed.results.asked import LEAVE_OUT
 from daft_domainbed.results.labels import identify_dataset
+from daft_domainbed.results.settings import Setting
 from daft_domainbed.results.values import as_dict, is_name, is_number, show_name
 from daft_domainbed.runtime.layout import DONE_FILE, PROVENANCE_FILE, RECORDS_FILE, list_teachers
 
@@ -100,6 +102,9 @@ class Run:
         step_times: Mean seconds a step since the checkpoint before, [C]; NaN where not recorded.
         accs: Accuracies as fractions, [C, environments, 2]: in-split, out-split.
         is_done: Whether training ended.
+        root: Of the sweep that it is of; `folder` is relative to it, or below its name where there are several.
+        kind: "leave-out" or "single-source", as it was asked for.
+        setting: What it was given beside the draw, and its networks.
     """
 
     folder: str
@@ -110,6 +115,14 @@ class Run:
     step_times: np.ndarray
     accs: np.ndarray
     is_done: bool
+    root: Path = Path()
+    kind: str = LEAVE_OUT
+    setting: Setting = ()
+
+    @property
+    def path(self) -> Path:
+        """Where it lies."""
+        return self.root / self.folder.removeprefix(f"{self.root}/")
 
     @property
     def n_envs(self) -> int:
@@ -137,6 +150,11 @@ class Run:
         return as_dict(self.first.get("machine"))
 
     @property
+    def origins(self) -> list[str]:
+        """What its networks start from, those of its teachers too, where they do not start from nothing."""
+        return read_origins(self.first)
+
+    @property
     def seconds(self) -> float | None:
         """Training wall seconds: as recorded, else the mean step times by the steps they stand for."""
         recorded = self.last.get("seconds")
@@ -144,6 +162,11 @@ class Run:
             return float(recorded)
         seconds = float(self.step_times @ np.diff(self.steps, prepend=-1))
         return seconds if math.isfinite(seconds) else None
+
+
+def read_origins(recorded: Mapping[str, Any]) -> list[str]:
+    """Return what a first record, or what a student recorded of a teacher, says of where networks start."""
+    return [show_name(str(text)) for text in as_dict(recorded.get("origins")).values()]
 
 
 def read_run(root: Path, folder: str, notes: list[Note], weights: str = "plain") -> Run | None:
@@ -185,16 +208,17 @@ def read_run(root: Path, folder: str, notes: list[Note], weights: str = "plain")
         step_times=np.array([time if is_number(time) else math.nan for time in times]),
         accs=np.array(list(map(itemgetter(*_name_accs(n_envs)), records)), float).reshape(len(records), n_envs, 2),
         is_done=DONE_FILE in names,
+        root=root,
     )
 
 
 def _read_beside(path: Path) -> dict[str, Any]:
-    """Return what upstream's own first records do not say: the environments' names and the teachers."""
+    """Return what upstream's own first records do not say: the environments' names, the teachers, the origins."""
     try:
         beside = as_dict(json.loads(path.read_bytes()))
     except (OSError, ValueError, RecursionError):
         return {}
-    return {name: beside[name] for name in ("environments", "teacher", "teachers") if name in beside}
+    return {name: beside[name] for name in ("environments", "teacher", "teachers", "origins") if name in beside}
 
 
 def _parse_lines(data: bytes, problems: Problems) -> Lines:

@@ -7,32 +7,33 @@ import json
 import os
 import shlex
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from daft_domainbed._version import __version__
 from daft_domainbed.errors import RunError, UsageError
+from daft_domainbed.results.cells import Number, Table
 from daft_domainbed.results.charts import draw_curves, draw_teachers_and_students
 from daft_domainbed.results.costs import add_up_costs
 from daft_domainbed.results.lineage import TracedTeacher, trace_teachers
 from daft_domainbed.results.records import Run
 from daft_domainbed.results.robustness_charts import draw_robustness
 from daft_domainbed.results.selection import SELECTION_WORDS
-from daft_domainbed.results.sweeps import Sweep, read_sweep
-from daft_domainbed.results.tables import Number, Results, Table, average_datasets, build_results, read_hparams
+from daft_domainbed.results.sweeps import Sweep, read_sweeps
+from daft_domainbed.results.tables import Results, average_datasets, build_results, read_hparams
 from daft_domainbed.results.typesetting import NOTHING, lay_out, say_not_asked
 from daft_domainbed.runtime.durations import format_duration
 
 
-def write_report(input_dir: Path, output: Path) -> Path:
-    """Write the report of a sweep (or of a single run) and return its path.
+def write_report(input_dirs: Path | Sequence[Path], output: Path) -> Path:
+    """Write the report of sweeps (or of single runs) and return its path.
 
     Raises:
         UsageError: There is nothing to report on, or the file cannot be written.
         RunError: The disk is full.
     """
-    html = render(build_results(read_sweep(input_dir)))
+    html = render(build_results(read_sweeps([input_dirs] if isinstance(input_dirs, Path) else input_dirs)))
     draft = output.with_name(f".{output.name}.{os.getpid()}")
     try:
         draft.write_bytes(html.encode(errors="replace"))
@@ -70,7 +71,7 @@ def render(results: Results) -> str:
         for dataset in dict.fromkeys(table.dataset for table in results.tables)
     ]
     return environment.get_template("report.html").render(
-        title=sweep.root.resolve().name,
+        title=sweep.name,
         version=__version__,
         facts=_count(sweep),
         selections=SELECTION_WORDS,
@@ -136,7 +137,7 @@ def _describe_table(table: Table, runs: _RunList, number: int) -> dict[str, Any]
                 title = f"{line.row.label} on {table.environments[j]}"
                 numbers = [_describe_number(n, runs) for n in behind[j]]
                 details.append({"id": anchor, "title": title, "text": f"{text} {error}", "numbers": numbers})
-        rows.append({"label": line.row.algorithm, "role": line.row.role, "cells": cells})
+        rows.append({"label": line.row.name + line.row.origin, "role": line.row.role, "cells": cells})
     return {
         "selection": table.selection,
         "words": words,
@@ -176,7 +177,7 @@ def _describe_run(sweep: Sweep, run: Run, number: int) -> dict[str, Any]:
         "is_teacher": sweep.teachers.get(Path(run.folder).name) is run,
         "held_out": ", ".join(names[env] for env in run.key.test_envs),
         "command": write_command(run.args),
-        "hparams": [(name, json.dumps(value)) for name, value in read_hparams(sweep, run).items()],
+        "hparams": [(name, json.dumps(value)) for name, value in read_hparams(run).items()],
         "teachers": [_describe_teacher(teacher, run) for teacher in trace_teachers(sweep, run)],
         "seconds": _write_duration(run.seconds),
         "machine": ", ".join(f"{name} {value}" for name, value in sorted(run.machine.items())),

@@ -6,15 +6,16 @@ import csv
 import io
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from daft_domainbed.results.asked import LEAVE_OUT, Held
 from daft_domainbed.results.lineage import rank_student, trace_teachers
 from daft_domainbed.results.plans import order_algorithms
 from daft_domainbed.results.records import Note, Run
 from daft_domainbed.results.selection import Choice, choose, group_runs
+from daft_domainbed.results.settings import Setting, describe_settings
 from daft_domainbed.results.statistics import mean, standard_error
 from daft_domainbed.results.sweeps import Sweep
 from daft_domainbed.results.values import as_dict, as_list, is_number
@@ -56,12 +57,24 @@ class Row:
 
     algorithm: str
     role: str
+    setting: str | None
     values: dict[str, Value]
+    origins: tuple[str, ...]
 
     @property
     def label(self) -> str:
-        """What a reader calls it."""
-        return self.algorithm if self.role == "student" else f"{self.algorithm} {self.role}"
+        """What a reader calls it: its name, with what tells it from other rows of the algorithm."""
+        name = f"{self.algorithm} ({self.setting})" if self.setting else self.algorithm
+        return name if self.role == "student" else f"{name} {self.role}"
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the json of a table has of it beside its values."""
+        return {
+            "algorithm": self.algorithm,
+            "role": self.role,
+            **({"setting": self.setting} if self.setting else {}),
+            **({"origins": list(self.origins)} if self.origins else {}),
+        }
 
     def format(self, column: str) -> str:
         """Return the text of a cell."""
@@ -71,10 +84,16 @@ class Row:
 
 @dataclass(frozen=True)
 class RobustnessTable:
-    """The rows of one data set."""
+    """The rows of one data set and kind, as tables of accuracies are."""
 
     dataset: str
+    kind: str
     rows: list[Row]
+
+    @property
+    def title(self) -> str:
+        """What stands above it."""
+        return name_kind(self.dataset, self.kind)
 
     @property
     def columns(self) -> list[str]:
@@ -84,8 +103,16 @@ class RobustnessTable:
         return [name for name in (CLEAN, WORST, *robust, CORRUPTIONS, ECE, AUROC) if name in found]
 
 
-# Runs by algorithm and role, then by held-out domain and trial.
-Models = dict[tuple[str, str], dict[tuple[int, int], Run]]
+class Lot(NamedTuple):
+    """Which models a row is of."""
+
+    algorithm: str
+    role: str
+    setting: str | None
+
+
+Place = tuple[Held, int]  # held-out domains and trial
+Models = dict[Lot, dict[Place, Run]]
 
 
 def build_robustness(sweep: Sweep) -> tuple[list[RobustnessTable], list[Note]]:
@@ -96,27 +123,32 @@ def build_robustness(sweep: Sweep) -> tuple[list[RobustnessTable], list[Note]]:
     """
     notes: list[Note] = []
     tables = []
-    for dataset, models in gather_models(sweep).items():
-        rows = [_build_row(sweep, *name, runs, notes) for name, runs in models.items()]
-        tables.append(RobustnessTable(dataset, [row for row in rows if row.values]))
+    for (dataset, kind), models in gather_models(sweep).items():
+        rows = [_build_row(lot, runs, notes) for lot, runs in models.items()]
+        tables.append(RobustnessTable(dataset, kind, [row for row in rows if row.values]))
     return tables, notes
 
 
-def gather_models(sweep: Sweep) -> dict[str, Models]:
-    """Return, by data set, the runs that training-domain validation chose, then the teachers that stand behind them."""
-    choices: dict[str, list[Choice]] = defaultdict(list)
-    for group, runs in group_runs(sweep.runs).items():
-        if choice := choose(SELECTION, runs, group.test_env):
-            choices[group.dataset].append(choice)
-    return {dataset: _gather(sweep, choices[dataset]) for dataset in sorted(choices)}
+def name_kind(dataset: str, kind: str) -> str:
+    """Return what a data set is called where it was not asked of it what usually is."""
+    return dataset if kind == LEAVE_OUT else f"{dataset}, trained on one domain alone"
+
+
+def gather_models(sweep: Sweep) -> dict[tuple[str, str], Models]:
+    """Return, by data set and kind, what training-domain validation chose, then the teachers that stand behind it."""
+    choices: dict[tuple[str, str], list[Choice]] = defaultdict(list)
+    for group, runs in group_runs(sweep).items():
+        if choice := choose(SELECTION, runs, group.test_env, group.held_out):
+            choices[group.dataset, group.kind].append(choice)
+    return {key: _gather(sweep, choices[key]) for key in sorted(choices)}
 
 
 def _gather(sweep: Sweep, choices: Sequence[Choice]) -> Models:
-    students: dict[str, dict[tuple[int, int], Run]] = defaultdict(dict)
-    teachers: dict[str, dict[tuple[int, int], tuple[Any, Run]]] = defaultdict(dict)
+    students: dict[str, dict[Setting, dict[Place, Run]]] = defaultdict(lambda: defaultdict(dict))
+    teachers: dict[str, dict[Place, tuple[Any, Run]]] = defaultdict(dict)
     for choice in choices:
-        place = (choice.run.key.test_envs[0], choice.run.key.trial_seed)
-        students[choice.run.key.algorithm][place] = choice.run
+        place = (choice.run.key.test_envs, choice.run.key.trial_seed)
+        students[choice.run.key.algorithm][choice.run.setting][place] = choice.run
         for teacher in trace_teachers(sweep, choice.run):
             rank = rank_student(choice.run, teacher)
             known = teachers[teacher.algorithm].get(place)
@@ -124,21 +156,35 @@ def _gather(sweep: Sweep, choices: Sequence[Choice]) -> Models:
                 teachers[teacher.algorithm][place] = (rank, teacher.run)
     found = {name: {place: run for place, (_, run) in runs.items()} for name, runs in teachers.items() if runs}
     return {
-        **{(name, "student"): students[name] for name in order_algorithms(sweep.plan, students)},
-        **{(name, "teacher"): found[name] for name in order_algorithms(None, found)},
+        **{
+            Lot(name, "student", text): students[name][setting]
+            for name in order_algorithms(sweep.plan, students)
+            for setting, text in describe_settings(students[name]).items()
+        },
+        **{Lot(name, "teacher", None): found[name] for name in order_algorithms(None, found)},
     }
 
 
-def _build_row(sweep: Sweep, algorithm: str, role: str, runs: dict[tuple[int, int], Run], notes: list[Note]) -> Row:
-    found: dict[str, dict[int, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
-    for (env, trial), run in sorted(runs.items()):
-        for column, number in _read_evaluation(sweep.root, run, notes).items():
-            found[column][trial][env] = number
-    return Row(algorithm, role, average_domains(found, len({env for env, _ in runs})))
+def _build_row(lot: Lot, runs: Mapping[Place, Run], notes: list[Note]) -> Row:
+    found: dict[str, dict[int, dict[Held, float]]] = defaultdict(lambda: defaultdict(dict))
+    for (held_out, trial), run in sorted(runs.items(), key=lambda item: item[0]):
+        for column, number in _read_evaluation(run, notes).items():
+            found[column][trial][held_out] = number
+    return Row(*lot, average_domains(found, len({held_out for held_out, _ in runs})), list_origins(runs.values()))
 
 
-def average_domains(found: Mapping[str, Mapping[int, Mapping[int, float]]], n_envs: int) -> dict[str, Value]:
-    """Return means over held-out domains by column, of numbers by column, trial and domain.
+def list_origins(runs: Iterable[Run]) -> tuple[str, ...]:
+    """Return what the networks of runs start from, each once."""
+    return tuple(dict.fromkeys(origin for run in runs for origin in run.origins))
+
+
+def list_marks(rows: Iterable[Row]) -> list[str]:
+    """Return a sentence for each row whose networks do not start from nothing."""
+    return list(dict.fromkeys(f"{row.label}: starts from {origin}." for row in rows for origin in row.origins))
+
+
+def average_domains(found: Mapping[str, Mapping[int, Mapping[Held, float]]], n_envs: int) -> dict[str, Value]:
+    """Return means over held-out domains by column, of numbers by column, trial and domains held out together.
 
     A trial counts where it has every domain: domains differ more than trials do.
     """
@@ -149,17 +195,17 @@ def average_domains(found: Mapping[str, Mapping[int, Mapping[int, float]]], n_en
     return {column: value for column, value in values.items() if value.numbers}
 
 
-def read_evaluation(root: Path, run: Run) -> dict[str, Any]:
+def read_evaluation(run: Run) -> dict[str, Any]:
     """Return the json of a run's evaluation; an empty one where there is none that can be read."""
     try:
-        return as_dict(json.loads((root / run.folder / EVALUATION_FOLDER / EVALUATION_FILE).read_bytes()))
+        return as_dict(json.loads((run.path / EVALUATION_FOLDER / EVALUATION_FILE).read_bytes()))
     except (OSError, ValueError, RecursionError):
         return {}
 
 
-def _read_evaluation(root: Path, run: Run, notes: list[Note]) -> dict[str, float]:
+def _read_evaluation(run: Run, notes: list[Note]) -> dict[str, float]:
     """Return the numbers of a run's evaluation by column."""
-    model = read_evaluation(root, run)
+    model = read_evaluation(run)
     if not model:
         notes.append(Note(run.folder, "was chosen and is not evaluated: 'daft-domainbed sweep evaluate' does that"))
     names = as_list(model.get("environments"))
@@ -208,12 +254,9 @@ def _to_json(tables: Sequence[RobustnessTable]) -> str:
     content = [
         {
             "dataset": table.dataset,
+            "kind": table.kind,
             "rows": [
-                {
-                    "algorithm": row.algorithm,
-                    "role": row.role,
-                    "values": {name: value.describe() for name, value in row.values.items()},
-                }
+                row.describe() | {"values": {name: value.describe() for name, value in row.values.items()}}
                 for row in table.rows
             ],
         }
@@ -240,7 +283,7 @@ def _to_text(tables: Sequence[RobustnessTable]) -> str:
         cells = list(_list_cells(table))
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines = (" ".join(f"{text:<{width + 1}}" for text, width in zip(row, widths, strict=True)) for row in cells)
-        blocks.append("\n".join([table.dataset, "", *map(str.rstrip, lines), ""]))
+        blocks.append("\n".join([table.title, "", *map(str.rstrip, lines), *list_marks(table.rows), ""]))
     return "\n".join([*blocks, _FOOT, ""])
 
 
@@ -249,19 +292,21 @@ def _to_markdown(tables: Sequence[RobustnessTable]) -> str:
     for table in tables:
         head, *rows = _list_cells(table)
         lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head), *(f"| {' | '.join(row)} |" for row in rows)]
-        blocks.append("\n".join([f"## {table.dataset}", "", *lines, ""]))
+        marks = [f"\n{mark}" for mark in list_marks(table.rows)]
+        blocks.append("\n".join([f"## {table.title}", "", *lines, *marks, ""]))
     return "\n".join([*blocks, _FOOT, ""])
 
 
 def _to_csv(tables: Sequence[RobustnessTable]) -> str:
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["dataset", "algorithm", "role", "column", "mean", "stderr", "n"])
+    writer.writerow(["dataset", "algorithm", "role", "column", "mean", "stderr", "n", "setting", "kind", "origins"])
     for table in tables:
         for row in table.rows:
+            start, end = [table.dataset, row.algorithm, row.role], [row.setting, table.kind, "; ".join(row.origins)]
             for name, value in row.values.items():
                 error = "" if value.stderr is None else value.stderr
-                writer.writerow([table.dataset, row.algorithm, row.role, name, value.mean, error, len(value.numbers)])
+                writer.writerow([*start, name, value.mean, error, len(value.numbers), *end])
     return file.getvalue()
 
 

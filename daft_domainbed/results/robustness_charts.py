@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from daft_domainbed.results.cells import Row, Table, get_run
 from daft_domainbed.results.charts import COLORS
 from daft_domainbed.results.records import Run
 from daft_domainbed.results.robustness import format_radius, read_evaluation
 from daft_domainbed.results.statistics import mean
 from daft_domainbed.results.svg import Svg, write_element
 from daft_domainbed.results.sweeps import Sweep
-from daft_domainbed.results.tables import Number, Row, Table
 from daft_domainbed.results.values import as_dict, as_list, is_number
 
 LEFT, RIGHT, TOP, BOTTOM = 30, 292, 8, 138
@@ -31,7 +31,7 @@ class Chart(NamedTuple):
 def draw_robustness(table: Table, sweep: Sweep) -> list[dict[str, Any]]:
     """Draw what is known of the runs behind a table, as `draw_curves` does; nothing where nothing was evaluated."""
     models = {
-        (i, env): [model for run in _list_runs(row, env) if (model := read_evaluation(sweep.root, run))]
+        (i, env): [model for run in _list_runs(row, env) if (model := read_evaluation(run))]
         for i, row in enumerate(table.rows)
         for env in range(len(table.environments))
     }
@@ -52,13 +52,9 @@ def draw_robustness(table: Table, sweep: Sweep) -> list[dict[str, Any]]:
 
 def _list_runs(row: Row, env: int) -> Iterator[Run]:
     for number in row.cells[env].numbers:
-        run = _get_run(number)
+        run = get_run(number)
         if run is not None:
             yield run
-
-
-def _get_run(number: Number) -> Run | None:
-    return number.teacher.run if number.teacher else number.choice.run
 
 
 def _list_charts(models: Iterator[dict[str, Any]]) -> Iterator[Chart]:

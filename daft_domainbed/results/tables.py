@@ -10,120 +10,22 @@ Nothing here depends on when or where the sweep ran.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from statistics import fmean
+from typing import Any
 
 from daft_domainbed.errors import UsageError, suggest
+from daft_domainbed.results.asked import LEAVE_OUT, Held
+from daft_domainbed.results.cells import Cell, Number, Row, Table, get_run, make_mean
 from daft_domainbed.results.lineage import TracedTeacher, rank_student, trace_teachers
 from daft_domainbed.results.missing import Missing, cut_sweep_path
 from daft_domainbed.results.plans import order_algorithms
-from daft_domainbed.results.records import Run
+from daft_domainbed.results.records import Run, read_origins
 from daft_domainbed.results.selection import SELECTIONS, Choice, choose, group_runs
-from daft_domainbed.results.statistics import mean, standard_error
+from daft_domainbed.results.settings import Setting, describe_settings, read_networks
 from daft_domainbed.results.sweeps import Sweep
 from daft_domainbed.results.values import as_list
-
-
-class Number(NamedTuple):
-    """One trial's accuracy (percent) in a cell: the chosen student and, in a teacher's row, the teacher behind it."""
-
-    accuracy: float
-    choice: Choice
-    teacher: TracedTeacher | None
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A cell: `values` in percent, one a trial; `gap` says what is missing from it and why."""
-
-    env: str
-    values: list[float]
-    numbers: list[Number]
-    gap: str
-
-    @property
-    def mean(self) -> float | None:
-        """Mean over trials; None where there is none."""
-        return mean(self.values)
-
-    @property
-    def stderr(self) -> float | None:
-        """Standard error over trials; None for fewer than two."""
-        return standard_error(self.values)
-
-
-@dataclass(frozen=True)
-class Row:
-    """The cells of one algorithm as "student" or "teacher"."""
-
-    algorithm: str
-    role: str
-    cells: list[Cell]
-
-    @property
-    def label(self) -> str:
-        """Name of the row where students and teachers stand in one table."""
-        return self.algorithm if self.role == "student" else f"{self.algorithm} teacher"
-
-    @property
-    def average(self) -> float | None:
-        """Mean over the held-out domains; None unless each has a value."""
-        means = [cell.mean for cell in self.cells]
-        return mean([m for m in means if m is not None]) if None not in means else None
-
-    def list_trials(self) -> dict[int, list[float]]:
-        """Return the accuracies, in percent, of each trial that has one for every held-out domain."""
-        cells = [{number.choice.run.key.trial_seed: number.accuracy for number in cell.numbers} for cell in self.cells]
-        trials = sorted(set.intersection(*map(set, cells))) if cells else []
-        return {trial: [cell[trial] for cell in cells] for trial in trials}
-
-    @property
-    def average_stderr(self) -> float | None:
-        """Standard error of the average: over trials, of the mean over held-out domains; None for fewer than two."""
-        return standard_error([sum(accs) / len(accs) for accs in self.list_trials().values()])
-
-
-@dataclass(frozen=True)
-class Table:
-    """One data set under one selection.
-
-    Attributes:
-        dataset: Its name; "Averages" over data sets.
-        selection: The rule that chose the checkpoints.
-        environments: Names of its domains.
-        rows: Students, then teachers.
-        is_asked: False where the sweep has no runs for this selection at all.
-        label: What the data set is called in print, where it is not its name.
-        caption: What stands in the place of the caption, where anything was given.
-    """
-
-    dataset: str
-    selection: str
-    environments: list[str]
-    rows: list[Row]
-    is_asked: bool
-    label: str = ""
-    caption: str = ""
-
-    @property
-    def name(self) -> str:
-        """What the data set is called in print."""
-        return self.label or self.dataset
-
-    @property
-    def n_trials(self) -> int:
-        """Largest number of trials behind any cell."""
-        return max((len(cell.values) for row in self.rows for cell in row.cells), default=0)
-
-    def find_best(self) -> list[float | None]:
-        """Return the best student's mean of each column, the average last; None where none is better than another."""
-        students = [row for row in self.rows if row.role == "student"]
-        columns = [[row.cells[i].mean for row in students] for i in range(len(self.environments))]
-        columns.append([row.average for row in students])
-        values = [[value for value in column if value is not None] for column in columns]
-        return [max(column) if len({*column}) > 1 else None for column in values]
 
 
 @dataclass(frozen=True)
@@ -137,104 +39,195 @@ class Results:
 def build_results(sweep: Sweep) -> Results:
     """Tabulate what each selection chooses; data sets are in the order the sweep was asked for, else by alphabet."""
     asked = as_list(sweep.plan.args.get("datasets")) if sweep.plan else []
-    planned = {run.key.dataset for run in sweep.plan.runs.values()} if sweep.plan else set()
-    datasets = planned or {run.key.dataset for run in sweep.runs}
-    ordered = sorted(datasets, key=lambda name: (asked.index(name) if name in asked else len(asked), name))
-    return Results(sweep, [table for name in ordered for table in _DatasetTables(sweep, name).build()])
+    ordered = sorted(sweep.asked, key=lambda key: (asked.index(key[0]) if key[0] in asked else len(asked), *key))
+    return Results(sweep, [table for key in ordered for table in _DatasetTables(sweep, *key).build()])
 
 
-Choices = Mapping[tuple[str, int, int], Choice]  # by algorithm, held-out domain and trial
-# Chosen students with each teacher behind them, by held-out domain and trial, in the order of the students' rows.
-Behind = dict[tuple[int, int], list[tuple[Choice, TracedTeacher]]]
+_ALONE: dict[Setting, str | None] = {(): None}
+Place = tuple[int | None, int]  # source and held-out domain
+Choices = Mapping[tuple[str, Setting, Place, int], Choice]  # by algorithm, setting, place and trial
+# Chosen students with each teacher behind them, by place and trial, in the order of the students' rows.
+Behind = dict[tuple[Place, int], list[tuple[Choice, TracedTeacher]]]
 
 
 class _DatasetTables:
-    """Builds the tables of one data set."""
+    """Builds the tables of one data set and kind."""
 
-    def __init__(self, sweep: Sweep, dataset: str) -> None:
-        self.sweep = sweep
-        self.dataset = dataset
+    def __init__(self, sweep: Sweep, dataset: str, kind: str) -> None:
+        self.sweep, self.dataset, self.kind = sweep, dataset, kind
         self.names = sweep.environments[dataset]
+        self.asked = sweep.asked[dataset, kind]
         planned = [run for run in sweep.plan.runs.values() if run.key.dataset == dataset] if sweep.plan else []
-        runs = [run for run in sweep.runs if run.key.dataset == dataset]
-        keys = [run.key for run in planned if not run.is_teacher] or [run.key for run in runs]
+        planned = [run for run in planned if run.kind == kind]
+        runs = [run for run in sweep.runs if (run.key.dataset, run.kind) == (dataset, kind)]
+        keys = [*(run.key for run in planned if not run.is_teacher), *(run.key for run in runs)]
         self.algorithms = order_algorithms(sweep.plan, (key.algorithm for key in keys))
         self.planned_teachers = {run.key.algorithm for run in planned if run.is_teacher}
         self.trials = sorted({key.trial_seed for key in keys})
-        self.has_pairs = any(len(key.test_envs) == 2 for key in keys)
-        self.missing = [missing for missing in sweep.missing if missing.planned.key.dataset == dataset]
-        self.groups = group_runs(runs)
+        self.missing = [m for m in sweep.missing if (m.planned.key.dataset, m.planned.kind) == (dataset, kind)]
+        self.groups = {
+            group: found for group, found in group_runs(sweep).items() if (group.dataset, group.kind) == (dataset, kind)
+        }
+        self.settings = {name: self._describe_settings(name, runs) for name in self.algorithms}
+
+    def _describe_settings(self, algorithm: str, runs: Sequence[Run]) -> dict[Setting, str | None]:
+        """Return the settings of an algorithm's rows; what is not done joins the first row that was given the same."""
+        found = [run.setting for run in runs if run.key.algorithm == algorithm]
+        open_ones = [m.planned.given for m in self.missing if not m.planned.is_teacher]
+        names = [m.planned.key.algorithm for m in self.missing if not m.planned.is_teacher]
+        lone = [
+            given
+            for given, name in zip(open_ones, names, strict=True)
+            if name == algorithm and not any(_is_given(setting, given) for setting in found)
+        ]
+        return describe_settings([*found, *lone])
 
     def build(self) -> Iterator[Table]:
+        held_out = tuple(self.names[env] for env in self.asked.held_out)
         for selection in SELECTIONS:
             choices = {
-                (group.algorithm, group.test_env, group.trial_seed): choice
+                (group.algorithm, group.setting, (group.source, group.test_env), group.trial_seed): choice
                 for group, runs in self.groups.items()
-                if group.trial_seed in self.trials and (choice := choose(selection, runs, group.test_env))
+                if (choice := choose(selection, runs, group.test_env, group.held_out))
             }
-            students = [self._build_student(selection, name, choices) for name in self.algorithms]
-            is_asked = self.has_pairs or selection != "leave-one-domain-out"
-            yield Table(self.dataset, selection, self.names, students + self._build_teachers(choices), is_asked)
+            students = [
+                self._build_student(selection, name, setting, text, source, choices)
+                for name in self.algorithms
+                for setting, text in self.settings[name].items()
+                for source in self.asked.sources
+            ]
+            rows = students + self._build_teachers(choices)
+            is_asked = self.asked.has_pairs or selection != "leave-one-domain-out"
+            yield Table(self.dataset, selection, self.names, rows, is_asked, self.kind, held_out)
 
-    def _build_student(self, selection: str, algorithm: str, choices: Choices) -> Row:
-        cells = []
-        for env, name in enumerate(self.names):
-            found = [choices[key] for trial in self.trials if (key := (algorithm, env, trial)) in choices]
+    def _build_student(
+        self, selection: str, algorithm: str, setting: Setting, text: str | None, source: int | None, choices: Choices
+    ) -> Row:
+        def build(env: int, held_out: Held) -> Cell:
+            key = (algorithm, setting, (source, env))
+            found = [choice for trial in self.trials if (choice := choices.get((*key, trial)))]
             numbers = [Number(100 * choice.test_acc, choice, None) for choice in found]
-            wanted = 2 if selection == "leave-one-domain-out" else 1
+            is_crossed = selection == "leave-one-domain-out"
             missing = [
                 m
                 for m in self.missing
                 if (m.planned.is_teacher, m.planned.key.algorithm) == (False, algorithm)
-                and env in m.planned.key.test_envs
-                and len(m.planned.key.test_envs) <= wanted
+                and self._find_setting(algorithm, m.planned.given) == setting
+                and (
+                    m.planned.key.test_envs == held_out
+                    or (is_crossed and env in m.planned.key.test_envs and len(m.planned.key.test_envs) == 2)
+                )
             ]
-            why = "no run" if wanted == 1 else "no step that a run and all its pairs of held-out domains share"
-            cells.append(self._make_cell(env, name, numbers, missing, why))
-        return Row(algorithm, "student", cells)
+            why = "no run that shares a step with all its pairs of held-out domains" if is_crossed else "no run"
+            return self._make_cell(env, held_out, numbers, missing, lambda trial: why)
+
+        return self._make_row(algorithm, "student", text, source, build)
+
+    def _find_setting(self, algorithm: str, given: Setting) -> Setting:
+        settings = self.settings[algorithm]
+        return next((setting for setting in settings if _is_given(setting, given)), given)
+
+    def _make_row(
+        self, algorithm: str, role: str, setting: str | None, source: int | None, build: Callable[[int, Held], Cell]
+    ) -> Row:
+        cells = []
+        for env, domain in enumerate(self.names):
+            held_out = self.asked.cells.get((source, env))
+            cells.append(Cell(domain, [], [], "", is_asked=False) if held_out is None else build(env, held_out))
+        runs = [run for cell in cells for number in cell.numbers if (run := get_run(number))]
+        commits = dict.fromkeys(str(run.machine["commit"]) for run in runs if run.machine.get("commit"))
+        origin = None if source is None else self.names[source]
+        origins = {text for cell in cells for number in cell.numbers for text in list_origins(number)}
+        return Row(algorithm, role, cells, setting, origin, tuple(sorted(commits)), tuple(sorted(origins)))
 
     def _build_teachers(self, choices: Choices) -> list[Row]:
         """Build the rows of all teachers that are planned, or stand behind a chosen student."""
         behind: Behind = {}
-        for algorithm, env, trial in itertools.product(self.algorithms, range(len(self.names)), self.trials):
-            if choice := choices.get((algorithm, env, trial)):
-                teachers = trace_teachers(self.sweep, choice.run)
-                behind.setdefault((env, trial), []).extend((choice, teacher) for teacher in teachers)
-        found = {teacher.algorithm for pairs in behind.values() for _, teacher in pairs}
-        return [self._build_teacher(name, behind) for name in order_algorithms(None, self.planned_teachers | found)]
+        for (_, _, place, trial), choice in sorted(choices.items(), key=lambda item: self._rank(item[0])):
+            teachers = trace_teachers(self.sweep, choice.run)
+            behind.setdefault((place, trial), []).extend((choice, teacher) for teacher in teachers)
+        networks: dict[str, list[Setting]] = {name: [] for name in self.planned_teachers}
+        for pairs in behind.values():
+            for _, teacher in pairs:
+                networks.setdefault(teacher.algorithm, []).append(get_networks(teacher))
+        return [
+            self._build_teacher(name, setting, text, source, behind)
+            for name in order_algorithms(None, networks)
+            for setting, text in (describe_settings(networks[name]) or _ALONE).items()
+            for source in self.asked.sources
+        ]
 
-    def _build_teacher(self, algorithm: str, behind: Behind) -> Row:
-        cells = []
-        for env, name in enumerate(self.names):
-            found = (_find_teacher(algorithm, env, behind.get((env, trial), [])) for trial in self.trials)
+    def _rank(self, key: tuple[str, Setting, Place, int]) -> tuple[Any, ...]:
+        algorithm, setting, (source, env), trial = key
+        row = (self.algorithms.index(algorithm), list(self.settings[algorithm]).index(setting))
+        return (*row, -1 if source is None else source, env, trial)
+
+    def _build_teacher(
+        self, algorithm: str, setting: Setting, text: str | None, source: int | None, behind: Behind
+    ) -> Row:
+        def build(env: int, held_out: Held) -> Cell:
+            own = {
+                trial: [
+                    (choice, teacher)
+                    for choice, teacher in behind.get(((source, env), trial), [])
+                    if teacher.algorithm == algorithm and get_networks(teacher) == setting
+                ]
+                for trial in self.trials
+            }
+            found = [_find_teacher(env, pairs) for pairs in own.values()]
             missing = [
                 m
                 for m in self.missing
-                if (m.planned.is_teacher, m.planned.key.algorithm, m.planned.key.test_envs) == (True, algorithm, (env,))
+                if (m.planned.is_teacher, m.planned.key.algorithm) == (True, algorithm)
+                and m.planned.key.test_envs == held_out
             ]
-            cells.append(self._make_cell(env, name, [n for n in found if n], missing, "no student of it is done"))
-        return Row(algorithm, "teacher", cells)
+            whys = {trial: "its accuracy is not recorded" for trial, pairs in own.items() if pairs}
+            numbers = [number for number in found if number]
+            return self._make_cell(
+                env, held_out, numbers, missing, lambda trial: whys.get(trial, "no student of it is done")
+            )
 
-    def _make_cell(self, env: int, name: str, numbers: list[Number], missing: list[Missing], why: str) -> Cell:
+        return self._make_row(algorithm, "teacher", text, source, build)
+
+    def _make_cell(
+        self, env: int, held_out: Held, numbers: list[Number], missing: list[Missing], explain: Callable[[int], str]
+    ) -> Cell:
         by_reason: dict[str, list[str]] = {}
         for planned, reason in missing:
-            pair = [self.names[e] for e in planned.key.test_envs if e != env and e < len(self.names)]
+            pair = [self.names[e] for e in planned.key.test_envs if e not in held_out and e < len(self.names)]
             where = f"trial {planned.key.trial_seed}, hparams_seed {planned.key.hparams_seed}"
             by_reason.setdefault(reason, []).append(where + "".join(f", with {other} held out too" for other in pair))
         explained = {m.planned.key.trial_seed for m in missing} | {n.choice.run.key.trial_seed for n in numbers}
         for trial in self.trials:
             if trial not in explained:
-                by_reason.setdefault(why, []).append(f"trial {trial}")
+                by_reason.setdefault(explain(trial), []).append(f"trial {trial}")
         gap = "; ".join(f"{reason} ({_shorten(places)})" for reason, places in by_reason.items())
-        return Cell(name, [number.accuracy for number in numbers], numbers, gap)
+        others = [self.names[e] for e in held_out if e != env] if self.kind == LEAVE_OUT else []
+        name, with_others = self.names[env], " and ".join(others)
+        return Cell(name, [number.accuracy for number in numbers], numbers, gap, with_others)
 
 
-def _find_teacher(algorithm: str, env: int, behind: Sequence[tuple[Choice, TracedTeacher]]) -> Number | None:
-    """Find the teacher of an algorithm that its row shows, among those behind chosen students."""
+def _is_given(setting: Setting, given: Setting) -> bool:
+    return setting[: len(given)] == given
+
+
+def list_origins(number: Number) -> list[str]:
+    """Return what the networks behind a number start from, as it was recorded."""
+    return read_origins(number.teacher.recorded) if number.teacher else number.choice.run.origins
+
+
+def get_networks(teacher: TracedTeacher) -> Setting:
+    """Return which network a teacher has, as far as it is known."""
+    run = teacher.run
+    return read_networks(run.hparams, {}) if run else ()
+
+
+def _find_teacher(env: int, behind: Sequence[tuple[Choice, TracedTeacher]]) -> Number | None:
+    """Find the teacher that its row shows, among those behind chosen students."""
     found = [
         (rank_student(choice.run, teacher), Number(100 * acc, choice, teacher))
         for choice, teacher in behind
-        if teacher.algorithm == algorithm and (acc := teacher.read_acc(env)) is not None
+        if (acc := teacher.read_acc(env)) is not None
     ]
     return min(found, key=lambda entry: entry[0])[1] if found else None
 
@@ -244,10 +237,10 @@ def _shorten(places: list[str], most: int = 3) -> str:
     return "; ".join(places[:most] + rest)
 
 
-def read_hparams(sweep: Sweep, run: Run) -> dict[str, Any]:
+def read_hparams(run: Run) -> dict[str, Any]:
     """Return a run's hyperparameters by name; a path into the sweep is relative to it."""
     return {
-        name: cut_sweep_path(value, sweep.root, run) if isinstance(value, str) else value
+        name: cut_sweep_path(value, run.root, run) if isinstance(value, str) else value
         for name, value in sorted(run.hparams.items())
     }
 
@@ -283,31 +276,44 @@ def present(
 def average_datasets(results: Results) -> list[Table]:
     """Average over held-out domains, then tabulate data sets, for each selection that every data set was asked for.
 
-    A data set's number is the mean over trials of the trial's average; a trial counts when it has every domain.
+    A data set's number is the mean over trials of the trial's average; a trial counts when it has every domain that was
+    asked for, of single sources from every source.
     """
-    datasets = list(dict.fromkeys(table.dataset for table in results.tables))
     tables = []
-    for selection in SELECTIONS if len(datasets) > 1 else ():
-        parts = [table for table in results.tables if table.selection == selection]
-        if not parts or not all(table.is_asked for table in parts):
-            continue
-        names = {
-            role: [row.algorithm for table in parts for row in table.rows if row.role == role]
-            for role in ("student", "teacher")
-        }
-        rows = [
-            Row(name, role, [_average_row(table, name, role) for table in parts])
-            for role in names
-            for name in order_algorithms(results.sweep.plan if role == "student" else None, names[role])
-        ]
-        tables.append(Table("Averages", selection, [table.name for table in parts], rows, is_asked=True))
+    for kind in dict.fromkeys(table.kind for table in results.tables):
+        own = [table for table in results.tables if table.kind == kind]
+        datasets = list(dict.fromkeys(table.dataset for table in own))
+        for selection in SELECTIONS if len(datasets) > 1 else ():
+            parts = [table for table in own if table.selection == selection]
+            if not parts or not all(table.is_asked for table in parts):
+                continue
+            names: dict[str, dict[tuple[str, str | None], None]] = {"student": {}, "teacher": {}}
+            for row in (row for table in parts for row in table.rows):
+                names[row.role][row.algorithm, row.setting] = None
+            rows = [
+                make_mean(
+                    [_average_row(table, name, role, setting) for table in parts],
+                    [row for table in parts for row in table.rows if row.is_of(name, role, setting)],
+                )
+                for role in names
+                for name in order_algorithms(
+                    results.sweep.plan if role == "student" else None, [name for name, _ in names[role]]
+                )
+                for other, setting in names[role]
+                if other == name
+            ]
+            shown = [table.name for table in parts]
+            tables.append(Table("Averages", selection, shown, rows, True, kind, tuple(datasets)))
     return tables
 
 
-def _average_row(table: Table, algorithm: str, role: str) -> Cell:
-    row = next((row for row in table.rows if (row.algorithm, row.role) == (algorithm, role)), None)
-    if row is None:
+def _average_row(table: Table, algorithm: str, role: str, setting: str | None) -> Cell:
+    rows = [row for row in table.rows if row.is_of(algorithm, role, setting)]
+    if not rows:
         return Cell(table.dataset, [], [], "not in this data set's sweep")
-    complete = [sum(accs) / len(accs) for accs in row.list_trials().values()]
-    gap = "some held-out domains are missing, see its table" if any(cell.gap for cell in row.cells) else ""
+    cells = [cell for row in rows for cell in row.asked]
+    by_row = [row.list_trials() for row in rows]
+    trials = sorted(set.intersection(*map(set, by_row)))
+    complete = [fmean(acc for trials_ in by_row for acc in trials_[trial]) for trial in trials]
+    gap = "some held-out domains are missing, see its table" if any(cell.gap for cell in cells) else ""
     return Cell(table.dataset, complete, [], gap)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
+from daft_domainbed.results.asked import SINGLE_SOURCE
+from daft_domainbed.results.cells import Cell, Row, Table
 from daft_domainbed.results.selection import SELECTION_WORDS
-from daft_domainbed.results.tables import Row, Table
 from daft_domainbed.runtime.sizes import format_size, read_size
 
 NOTHING = "–"
@@ -41,21 +44,47 @@ class Layout(NamedTuple):
 def lay_out(table: Table) -> Layout:
     """Write a table's numbers and number its footnotes."""
     footnotes = _write_footnotes(table)
-    numbers = {gap: str(i) for i, gap in enumerate(footnotes, 1)}
-    best = table.find_best()
-    lines = [Line(row, _write_entries(row, best, numbers)) for row in table.rows]
+    numbers = {remark: str(i) for i, remark in enumerate(footnotes, 1)}
+    best = {row.source: table.find_best(row.source) for row in table.rows}
+    means = [replace(row, source=_EVERY_OTHER) for row in table.average_sources()]
+    lines = []
+    for role in ("student", "teacher"):
+        lines += [Line(row, _write_entries(row, best[row.source], numbers)) for row in table.rows if row.role == role]
+        unmarked = [None] * (len(table.environments) + 1)
+        lines += [Line(row, _write_entries(row, unmarked, numbers)) for row in means if row.role == role]
     words = SELECTION_WORDS[table.selection]
+    caption = table.caption or f"{_say_what(table)} Chosen: {words.rule}."
+    title = f"{table.name}: {words.name}"
+    return Layout(table, title, caption, lines, list(footnotes.values()), _list_sizes(table))
+
+
+_EVERY_OTHER = "every other domain, averaged"
+
+
+def _say_what(table: Table) -> str:
+    """Return what the numbers of a table are."""
     over = "the in-split of the held-out domain" if table.dataset != "Averages" else "held-out domains, averaged"
     spread = f"mean ± standard error, n = {table.n_trials} trials" if table.n_trials > 1 else "one trial"
-    caption = f"Accuracy in percent on {over}, {spread}. Chosen: {words.rule}."
-    return Layout(
-        table,
-        f"{table.name}: {words.name}",
-        table.caption or caption,
-        lines,
-        list(footnotes.values()),
-        _list_sizes(table),
-    )
+    what = f"Accuracy in percent on {over}, {spread}."
+    if table.kind == SINGLE_SOURCE:
+        return f"{what} Trained on one domain alone, tested on every other."
+    if table.dataset != "Averages" and {*table.held_out} != {*table.environments}:
+        return f"{what} Average: over {', '.join(table.held_out)}, the domains held out."
+    return what
+
+
+def _list_remarks(cell: Cell) -> list[str]:
+    together = [f"held out together with {cell.with_others}"] if cell.with_others and cell.values else []
+    return ([cell.gap] if cell.gap else []) + together
+
+
+def _list_row_remarks(row: Row) -> list[str]:
+    """Return what is to be said of a whole row."""
+    return [f"starts from {text}" for text in row.origins] + _list_commits(row)
+
+
+def _list_commits(row: Row) -> list[str]:
+    return [f"runs of several commits ({', '.join(c[:8] for c in row.commits)})"] if len(row.commits) > 1 else []
 
 
 def _list_sizes(table: Table) -> str:
@@ -63,7 +92,7 @@ def _list_sizes(table: Table) -> str:
     found: dict[str, dict[str, None]] = {}
     for row in (row for row in table.rows if row.role == "student"):
         for run in (number.choice.run for cell in row.cells for number in cell.numbers):
-            lots = {row.algorithm: run.first} | {
+            lots = {row.name: run.first} | {
                 f"{facts.get('algorithm')} teacher": facts for facts in run.teachers.values()
             }
             for label, facts in lots.items():
@@ -73,22 +102,31 @@ def _list_sizes(table: Table) -> str:
 
 
 def _write_footnotes(table: Table) -> dict[str, str]:
-    """Write a footnote for each gap, in the order of the cells that have it."""
+    """Write a footnote for each remark, in the order of the cells that have it; what is of a whole row comes last."""
     places: dict[str, dict[str, list[str]]] = {}
     for row in table.rows:
         for cell in row.cells:
-            if cell.gap:
-                fewer = f" (n = {len(cell.values)})" if 0 < len(cell.values) < table.n_trials else ""
-                places.setdefault(cell.gap, {}).setdefault(row.label, []).append(cell.env + fewer)
-    return {
-        gap: "; ".join(f"{label} on {', '.join(envs)}" for label, envs in where.items()) + f": {gap}."
-        for gap, where in places.items()
+            for remark in _list_remarks(cell):
+                is_fewer = remark == cell.gap and 0 < len(cell.values) < table.n_trials
+                fewer = f" (n = {len(cell.values)})" if is_fewer else ""
+                places.setdefault(remark, {}).setdefault(row.label, []).append(cell.env + fewer)
+    footnotes = {
+        remark: "; ".join(f"{label} on {', '.join(envs)}" for label, envs in where.items()) + f": {remark}."
+        for remark, where in places.items()
     }
+    for row in table.rows:
+        for remark in _list_row_remarks(row):
+            labels = [other.label for other in table.rows if remark in _list_row_remarks(other)]
+            footnotes.setdefault(remark, f"{', '.join(labels)}: {remark}.")
+    return footnotes
 
 
-def _write_entries(row: Row, best: list[float | None], numbers: dict[str, str]) -> list[Entry]:
-    triples = [(cell.mean, cell.stderr, numbers.get(cell.gap, "")) for cell in row.cells]
-    triples.append((row.average, row.average_stderr, ""))
+def _write_entries(row: Row, best: Sequence[float | None], numbers: dict[str, str]) -> list[Entry]:
+    def cite(remarks: list[str]) -> str:
+        return ", ".join(numbers[remark] for remark in remarks)
+
+    triples = [(cell.mean, cell.stderr, cite(_list_remarks(cell))) for cell in row.cells]
+    triples.append((row.average, row.average_stderr, cite(_list_row_remarks(row))))
     return [
         Entry(
             NOTHING if value is None else f"{value:.1f}",
@@ -103,6 +141,6 @@ def _write_entries(row: Row, best: list[float | None], numbers: dict[str, str]) 
 def say_not_asked(table: Table) -> str:
     """Return why a selection that the sweep never asked for has no table."""
     return (
-        f"{table.name}: {SELECTION_WORDS[table.selection].name} needs runs with every pair of domains held out; "
-        "this sweep holds out single domains only, so there is no such table."
+        f"{table.name}: {SELECTION_WORDS[table.selection].name} needs runs with every pair of domains held out, "
+        "too; these were not asked for, so there is no such table."
     )

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 # Of a run.
@@ -117,6 +117,19 @@ def pack_teachers(teachers: Mapping[str, Any]) -> dict[str, Any]:
     others = {prefix: facts for prefix, facts in teachers.items() if prefix != "teacher"}
     named = {"teacher": teachers["teacher"]} if "teacher" in teachers else {}
     return named | ({"teachers": others} if others else {})
+
+
+def name_teacher_file(facts: Mapping[str, Any]) -> str:
+    """Return the path of a teacher's checkpoint, relative to its student's folder; older records have its folder's.
+
+    Example:
+        >>> name_teacher_file({"path": "../a/model_best.pkl", "file": "model_best.pkl"})
+        '../a/model_best.pkl'
+        >>> name_teacher_file({"path": "../a"})
+        '../a/model.pkl'
+    """
+    path, name = PurePosixPath(str(facts["path"])), str(facts.get("file", CHECKPOINT_FILE))
+    return str(path if path.name == name else path / name)
 
 
 def read_failure(folder: Path) -> str:

@@ -4,7 +4,7 @@ Reads our sweeps, DomainBed's own, and the folder of a single run, also while th
 
 Example:
     daft-domainbed collect_results --input_dir runs/EmojiStyles
-    daft-domainbed collect_results --input_dir runs/EmojiStyles --format latex
+    daft-domainbed collect_results --input_dir runs/trials_0_1 runs/trials_2_3 --format latex
     daft-domainbed collect_results --input_dir runs/EmojiStyles --compare DAFT KD ERM
     daft-domainbed collect_results --input_dir runs/EmojiStyles --show_hparams
     daft-domainbed collect_results --input_dir runs/birds --selection oracle --dataset_name Birds --format latex
@@ -35,7 +35,13 @@ if TYPE_CHECKING:
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of `collect_results`."""
     parser = ArgumentParser(prog="daft-domainbed collect_results", doc=__doc__)
-    parser.add_argument("--input_dir", type=Path, required=True, help="folder of a sweep (DomainBed's too) or of a run")
+    parser.add_argument(
+        "--input_dir",
+        type=Path,
+        nargs="+",
+        required=True,
+        help="folders of sweeps (DomainBed's too) or of runs; several are read as one, what is in two of them once",
+    )
     formats = ["text", "markdown", "latex", "csv", "json"]
     parser.add_argument("--format", choices=formats, default="text", help="default: text")
     parser.add_argument(
@@ -75,9 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     _check(args)
 
-    from daft_domainbed.results.sweeps import read_sweep
+    from daft_domainbed.results.sweeps import read_sweeps
 
-    sweep = read_sweep(args.input_dir, args.weights)
+    sweep = read_sweeps(args.input_dir, args.weights)
     _print_notes(sweep.notes)
     if args.robustness:
         from daft_domainbed.results.robustness import FORMATS, build_robustness

@@ -100,7 +100,9 @@ def _watch_training(host: Any, arguments: Sequence[str]) -> None:
     from daft_domainbed.training.upstream_run import follow_upstream_run
 
     args = build_train_parser().parse_args(arguments)
-    values = vars(args) | {"host": "upstream"}
+    if names := [env for env in args.test_envs if not env.isdecimal()]:
+        raise UsageError(f"--test_envs {names[0]}: DomainBed's own script takes numbers alone")
+    values = vars(args) | {"host": "upstream", "test_envs": list(map(int, args.test_envs))}
     upstream.watch_dataset(host, args.dataset, follow_upstream_run(TrainArgs(**values)))
 
 

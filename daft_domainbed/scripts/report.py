@@ -19,8 +19,14 @@ from daft_domainbed.cli import ArgumentParser, run_command
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of `report`."""
     parser = ArgumentParser(prog="daft-domainbed report", doc=__doc__)
-    parser.add_argument("--input_dir", type=Path, required=True, help="folder of a sweep (DomainBed's too) or of a run")
-    parser.add_argument("--output", type=Path, help="the file to write; default: report.html in --input_dir")
+    parser.add_argument(
+        "--input_dir",
+        type=Path,
+        nargs="+",
+        required=True,
+        help="folders of sweeps (DomainBed's too) or of runs; several are read as one, what is in two of them once",
+    )
+    parser.add_argument("--output", type=Path, help="the file to write; default: report.html in the first --input_dir")
     return parser
 
 
@@ -30,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from daft_domainbed.results.report import write_report
 
-    print(write_report(args.input_dir, args.output or args.input_dir / "report.html"))
+    print(write_report(args.input_dir, args.output or args.input_dir[0] / "report.html"))
     return 0
 
 

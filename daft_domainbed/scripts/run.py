@@ -20,7 +20,7 @@ from daft_domainbed.cli import ArgumentParser, non_negative_int, positive_int, r
 from daft_domainbed.errors import RunError
 from daft_domainbed.launch.sweep import launch
 from daft_domainbed.methods import COMPARED
-from daft_domainbed.scripts.sweep import FIRST_DRAW, FIRST_TRIAL, add_launch_flags, make_options
+from daft_domainbed.scripts.sweep import FIRST_DRAW, FIRST_TRIAL, add_domain_flags, add_launch_flags, make_options
 from daft_domainbed.scripts.train import add_n_checkpoints_flag, add_shared_flags
 
 
@@ -33,6 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--n_trials_from", type=non_negative_int, default=0, help=FIRST_TRIAL)
     parser.add_argument("--n_hparams", type=positive_int, default=1, help="hyperparameter draws; the first: defaults")
     parser.add_argument("--n_hparams_from", type=non_negative_int, default=0, help=FIRST_DRAW)
+    add_domain_flags(parser)
     parser.add_argument("--output_dir", help="the sweep's folder; runs/<dataset> by default")
     parser.add_argument("--steps", type=positive_int, help="updates; the data set's own number by default")
     parser.add_argument("--command_launcher", default="local", help="local, multi_gpu, ray, or one of your own")
@@ -54,10 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args["output_dir"] = args["output_dir"] or str(_choose_folder(Path("runs", name), dataset))
     args["threads"] = args["threads"] or 1
     own = {field: value for field, value in args.items() if field in SweepArgs.__dataclass_fields__}
+    is_each_in_turn = args["test_envs"] is None and not args["single_source"]
     failure = None
     try:
         launch(
-            SweepArgs(datasets=[dataset], single_test_envs=True, **own),
+            SweepArgs(datasets=[dataset], single_test_envs=is_each_in_turn, **own),
             options,
             launcher=launcher,
             ask=False,

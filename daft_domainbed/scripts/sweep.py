@@ -80,6 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--n_hparams_from", type=non_negative_int, help=FIRST_DRAW)
     parser.add_argument("--single_test_envs", action="store_true", help="no pairs of held-out domains")
+    add_domain_flags(parser)
     parser.add_argument("--seed", type=non_negative_int, help="another one makes another sweep; default: 0")
     parser.add_argument("--steps", type=positive_int, help="updates; the data set's own number by default")
     add_shared_flags(parser)
@@ -92,6 +93,19 @@ def build_parser() -> argparse.ArgumentParser:
     for action in parser._actions:  # the shared flags have defaults of their own
         action.default = argparse.SUPPRESS
     return parser
+
+
+def add_domain_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say which domains are held out, where not each in turn is."""
+    parser.add_argument(
+        "--test_envs",
+        nargs="+",
+        metavar="A,B",
+        help="sets of held-out domains, by number or name, commas within a set: 0,1 noto is a pair and a single one",
+    )
+    parser.add_argument(
+        "--single_source", action="store_true", help="train on each domain alone, and test on every other"
+    )
 
 
 def add_launch_flags(parser: argparse.ArgumentParser) -> None:

@@ -27,7 +27,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--algorithm", default="ERM", help="one that 'daft-domainbed methods' lists, or any of the host's"
     )
-    parser.add_argument("--test_envs", type=non_negative_int, nargs="+", default=[0], help="held-out environments")
+    parser.add_argument(
+        "--test_envs", nargs="+", default=["0"], help="held-out environments, by number or name; all of one run"
+    )
     parser.add_argument("--output_dir", default="train_output", help="the run's folder")
     parser.add_argument("--hparams_seed", type=non_negative_int, default=0, help="0: defaults; else a random draw")
     parser.add_argument("--trial_seed", type=non_negative_int, default=0, help="seeds the splits and the random draws")
@@ -110,10 +112,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from daft_domainbed.arguments import TrainArgs
     from daft_domainbed.data.place import locate
+    from daft_domainbed.launch.domains import find_test_envs
     from daft_domainbed.runtime import stopping
     from daft_domainbed.training.engine import train
 
     with stopping.listening(signal.SIGINT, signal.SIGTERM):
+        args.test_envs = find_test_envs(args.test_envs, args.dataset, args.host)
         train(locate(TrainArgs(**vars(args))))
     return 0
 

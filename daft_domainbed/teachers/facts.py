@@ -15,6 +15,8 @@ import torch
 from daft_domainbed.arguments import TrainArgs
 from daft_domainbed.errors import UsageError, suggest
 from daft_domainbed.host.contract import DatasetFacts, Host
+from daft_domainbed.methods import list_slots
+from daft_domainbed.models.origins import list_origins
 from daft_domainbed.teachers.provenance import Split, describe
 from daft_domainbed.teachers.teacher import Teacher
 
@@ -56,6 +58,17 @@ class RunFacts:
         facts = replace(self, teachers=teachers)
         vars(facts)["provenance"] = self.provenance
         return facts
+
+    @cached_property
+    def origins(self) -> dict[str, str]:
+        """What its networks start from, those of its teachers too, as far as anybody knows."""
+        slots = list_slots(self.args.algorithm, self.hparams)
+        pretrained = [s.prefix for s in slots if s.kind is None and self.hparams.get(s.prefix, "auto") == "auto"]
+        own = ["weights", *(f"{prefix}_weights" for prefix in pretrained)]
+        origins = list_origins(self.hparams, self.input_shape, own)
+        for prefix, teacher in self.teachers.items():
+            origins |= {f"{prefix}: {name}": text for name, text in teacher.facts.get("origins", {}).items()}
+        return origins
 
     @cached_property
     def provenance(self) -> dict[str, Any]:

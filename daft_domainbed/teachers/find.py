@@ -13,7 +13,7 @@ from daft_domainbed.arguments import TrainArgs
 from daft_domainbed.errors import UsageError
 from daft_domainbed.host.checkpoints import load_checkpoint
 from daft_domainbed.methods import Slot, find_method, list_slots
-from daft_domainbed.models.weights import hash_state
+from daft_domainbed.models.weights import find_non_finite, hash_state
 from daft_domainbed.runtime.layout import CHECKPOINT_FILE, DONE_FILE, read_last_record
 from daft_domainbed.runtime.randomness import preserve_states
 from daft_domainbed.teachers.facts import RunFacts
@@ -62,6 +62,8 @@ def _find(slot: Slot, facts: RunFacts, make: Make) -> Teacher:
     check_kind(facts.args.algorithm, slot, content, path)
     verify(content, path, facts, is_auto=where == "auto")
     model = rebuild_model(content, path, facts.host)
+    if bad := find_non_finite(model.state_dict()):
+        raise UsageError(f"teacher {path}: its weights {bad} are no numbers, so its training diverged: make it again")
     described = describe_teacher(content, path, facts.output_dir)
     described["sha256"] = hash_state(model.state_dict())
     return Teacher(model, path, content["model_hparams"], facts.dataset.input_spec, facts.args.seed, described)

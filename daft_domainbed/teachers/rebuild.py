@@ -14,7 +14,7 @@ from daft_domainbed.host.contract import Host, describe_dataset
 from daft_domainbed.methods import PLAIN, Slot, find_method, list_slots
 from daft_domainbed.models.weights import hash_state
 from daft_domainbed.plugin.defaults import get_default_hparams
-from daft_domainbed.runtime.layout import CHECKPOINT_FILE, list_teachers, read_first_record
+from daft_domainbed.runtime.layout import list_teachers, name_teacher_file, read_first_record
 from daft_domainbed.runtime.randomness import preserve_states, seed_everything
 from daft_domainbed.teachers.facts import RunFacts, run_in_progress
 from daft_domainbed.teachers.teacher import PretrainedNetwork, Teacher, describe_teacher
@@ -64,7 +64,7 @@ def _find_again(slot: Slot, run: RunFacts, recorded: Mapping[str, Any], path: Pa
         if slot.kind is None and run.hparams[slot.prefix] == "auto":
             return build_pretrained(slot, run)
         raise UsageError(f"{path} needs its {slot.prefix} to be built, and no record beside it says which that was")
-    place = path.parent / recorded["path"] / recorded.get("file", CHECKPOINT_FILE)
+    place = path.parent / name_teacher_file(recorded)
     content = load_checkpoint(place)
     described = describe_teacher(content, place, path.parent)
     model = rebuild_model(content, place, run.host)

@@ -14,9 +14,11 @@ from daft_domainbed.errors import UsageError
 from daft_domainbed.functional.input_spec import InputSpec
 from daft_domainbed.methods import PLAIN
 from daft_domainbed.models.backbones import freeze_backbone
+from daft_domainbed.models.origins import list_origins
 from daft_domainbed.plugin.defaults import FOLDER, NETWORK, list_hparams
-from daft_domainbed.runtime.layout import CHECKPOINT_FILE, list_teachers, pack_teachers, read_records
+from daft_domainbed.runtime.layout import CHECKPOINT_FILE, list_teachers, name_teacher_file, pack_teachers, read_records
 
+_NETWORK = ("backbone", "backbone_input_size", "input_size", "resnet18", "vit", "dinov2")  # what tells networks apart
 # How a network is trained, not what it is.
 _TRAINING = {"lr", "weight_decay", "batch_size", "class_balanced", "data_augmentation", "backbone_frozen"}
 
@@ -110,6 +112,23 @@ def freeze_all(model: nn.Module) -> None:
     model.eval()
 
 
+def list_all_origins(content: Mapping[str, Any], first: Mapping[str, Any]) -> dict[str, str]:
+    """Return what a checkpoint's network, and those of its teachers, started from.
+
+    Args:
+        content: The checkpoint.
+        first: The first record beside it, which may be empty.
+    """
+    origins = list_origins(content["model_hparams"], tuple(content["model_input_shape"]))
+    declared = (content.get("provenance") or {}).get("declared")
+    if isinstance(declared, dict):
+        seen = ", ".join(map(str, declared.get("trained_on", [])))
+        origins["adopted"] = f"adopted weights, declared to be trained on {seen}; trial and splits not checked"
+    for known in (content.get("origins"), first.get("origins")):
+        origins |= known if isinstance(known, dict) else {}
+    return origins
+
+
 def describe_teacher(content: Mapping[str, Any], path: Path, output_dir: Path) -> dict[str, Any]:
     """Return what a student's first record says of its teacher; never more than the teacher's own records say.
 
@@ -126,16 +145,20 @@ def describe_teacher(content: Mapping[str, Any], path: Path, output_dir: Path) -
         own = next((record for record in records if "step" in record and record["step"] == content.get("step")), {})
     described: dict[str, Any] = {
         "algorithm": content["args"].get("algorithm", PLAIN),
-        "path": os.path.relpath(path.parent, output_dir),
+        "path": os.path.relpath(path, output_dir),
         "accuracies": {key: value for key, value in own.items() if key.startswith("env") and key.endswith("_acc")},
     }
+    described["network"] = {name: value for name, value in content["model_hparams"].items() if name in _NETWORK}
     if path.name != CHECKPOINT_FILE:
         described["file"] = path.name
     if "step" in own:
         described["steps"] = own["step"] + 1
         described["seconds"] = last.get("seconds")
+    if origins := list_all_origins(content, first):
+        described["origins"] = origins
     inner = {
-        prefix: facts | ({"path": os.path.relpath(path.parent / facts["path"], output_dir)} if "path" in facts else {})
+        prefix: facts
+        | ({"path": os.path.relpath(path.parent / name_teacher_file(facts), output_dir)} if "path" in facts else {})
         for prefix, facts in list_teachers(first).items()
     }
     return described | pack_teachers(inner)

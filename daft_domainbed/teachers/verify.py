@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from daft_domainbed.arguments import name_dataset
+from daft_domainbed.arguments import is_same_data, name_dataset
 from daft_domainbed.data.splits import build_data
 from daft_domainbed.errors import UsageError
 from daft_domainbed.methods import PLAIN, Slot, find_distiller, find_method
@@ -69,12 +69,33 @@ def verify(content: Mapping[str, Any], path: Path, facts: RunFacts, *, is_auto: 
             f"teacher {path} was adapted to images of a held-out domain ({adapted}): name the checkpoint it came from"
         )
     theirs = _read_provenance(content, path, facts)
+    if isinstance(declared := theirs.get("declared"), dict):
+        _verify_declared(theirs, declared, path, facts)
+        return
     differences = provenance.compare(theirs, facts.provenance)
     if differences:
         advice = f"Delete {path.parent}" if is_auto else 'Name another, or let "teacher": "auto" make the right one'
         raise UsageError(
             f"teacher {path} was not trained on this run's data, so it may know the held-out domains: "
             f"{'; '.join(differences)}. {advice}"
+        )
+
+
+def _verify_declared(theirs: Mapping[str, Any], declared: Mapping[str, Any], path: Path, facts: RunFacts) -> None:
+    """Refuse adopted weights that were declared to have seen a held-out domain, or are of other data."""
+    ours = {"dataset": facts.args.dataset, "data_id": facts.args.data_id}
+    if not is_same_data({name: theirs.get(name) for name in ours}, ours):
+        raise UsageError(
+            f"teacher {path} was adopted for {theirs.get('dataset')}, and this run is of {ours['dataset']}, which has "
+            "other files: adopt its weights for these"
+        )
+    for name in ("num_classes", "input_shape"):
+        if theirs[name] != facts.provenance[name]:
+            raise UsageError(f"teacher {path}: {name} is {theirs[name]} there and {facts.provenance[name]} here")
+    held_out = [facts.dataset.environments[env] for env in facts.args.test_envs]
+    if seen := [name for name in held_out if name in declared.get("trained_on", [])]:
+        raise UsageError(
+            f"teacher {path} was declared to be trained on {', '.join(seen)}, which this run holds out: name another"
         )
 
 

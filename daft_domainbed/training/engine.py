@@ -26,6 +26,7 @@ from daft_domainbed.host.contract import get_algorithm_class
 from daft_domainbed.methods import list_slots
 from daft_domainbed.models.backbones import freeze_for_probe
 from daft_domainbed.models.frozen import share_features
+from daft_domainbed.models.origins import list_doubts
 from daft_domainbed.runtime import randomness, stopping
 from daft_domainbed.runtime.layout import BEST_CHECKPOINT_FILE, CHECKPOINT_FILE, DONE_FILE, RESUME_FILE
 from daft_domainbed.runtime.locks import Claim, acquire, explain_unwritable
@@ -138,8 +139,8 @@ class _Run:
         saved = self._check_saved(saved, facts)
         teachers = find_teachers(facts, lambda args: train_teacher(args, self.args.algorithm, self.log.warn))
         self.facts = facts.with_teachers(teachers)
-        self._say_which_teachers()
         self._build_algorithm()
+        self._say_which_teachers()
         self._start(saved)
         try:
             self._loop()
@@ -200,6 +201,8 @@ class _Run:
 
     def _say_which_teachers(self) -> None:
         """Name the teachers that files or folders gave, and the hyperparameters that would have made other ones."""
+        for line in list_doubts(self.facts.origins):
+            self.log.warn(line)
         for slot in list_slots(self.args.algorithm, self.hparams):
             teacher = self.facts.teachers[slot.prefix]
             if self.hparams.get(slot.prefix, "auto") == "auto":

@@ -134,6 +134,7 @@ class Recorder:
                 **pack_teachers(
                     {name: teacher.facts | self._name_size(name) for name, teacher in self.facts.teachers.items()}
                 ),
+                **({"origins": self.facts.origins} if self.facts.origins else {}),
             }
         if progress.step == self.run.n_steps:
             record["seconds"] = progress.seconds
@@ -197,6 +198,8 @@ class Recorder:
             "provenance": self.facts.provenance,
             "step": progress.step - 1,
         }
+        if self.facts.origins:
+            content["origins"] = self.facts.origins
         weights.save(content, self.folder / name)
 
     def save_resume(self, algorithm: Any, progress: Progress, pending: str | None = None) -> None:

@@ -57,8 +57,10 @@ def follow_upstream_run(args: TrainArgs) -> Callable[[Any, Mapping[str, Any]], N
         write_beside({})
         warn = lambda text: print(text, file=sys.stderr)  # noqa: E731
         teachers = find_teachers(facts, lambda teacher: train_teacher(teacher, args.algorithm, warn))
-        if teachers:
-            write_beside(pack_teachers({prefix: teacher.facts for prefix, teacher in teachers.items()}))
-        set_run_facts(facts.with_teachers(teachers))
+        taught = facts.with_teachers(teachers)
+        if teachers or taught.origins:
+            found = pack_teachers({prefix: teacher.facts for prefix, teacher in teachers.items()})
+            write_beside(found | ({"origins": taught.origins} if taught.origins else {}))
+        set_run_facts(taught)
 
     return built

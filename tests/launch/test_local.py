@@ -123,7 +123,7 @@ def test_student_names_its_teacher_relative_to_itself(finished: Finished) -> Non
     root, jobs, _, _ = finished
     (daft,) = [job for job in jobs if job.args.algorithm == "DAFT"]
     teacher = read_records(root / daft.folder)[0]["teacher"]
-    assert teacher["path"] == f"../{daft.needs[0]}"
+    assert teacher["path"] == f"../{daft.needs[0]}/model.pkl"
 
 
 def test_numbers_do_not_depend_on_how_many_run_at_a_time(finished: Finished, tmp_path: Path) -> None:

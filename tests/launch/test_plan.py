@@ -15,8 +15,9 @@ from daft_domainbed.arguments import SweepArgs, TrainArgs, list_differences
 from daft_domainbed.embedded.misc import seed_hash
 from daft_domainbed.errors import UsageError
 from daft_domainbed.host.contract import find_host
+from daft_domainbed.launch.domains import list_test_envs
 from daft_domainbed.launch.job import Job
-from daft_domainbed.launch.plan import list_test_envs, make_plan
+from daft_domainbed.launch.plan import make_plan
 from daft_domainbed.launch.plan_file import check_plan, read_jobs, read_sweep_args, write_plan
 from daft_domainbed.training.first_network import keep_first_network
 from daft_domainbed.training.prepare import prepare
@@ -89,7 +90,8 @@ def test_pairs_have_teachers_of_their_own(tmp_path: Path) -> None:
     [(2, False, [[0], [1]]), (3, True, [[0], [1], [2]]), (3, False, [[0], [0, 1], [0, 2], [1], [1, 2], [2]])],
 )
 def test_pairs_leave_something_to_train_on(n_envs: int, single: bool, expected: list[list[int]]) -> None:
-    assert list_test_envs(n_envs, single=single) == expected
+    sweep = make_sweep(Path("anywhere"), single_test_envs=single)
+    assert list_test_envs(sweep, "abcd"[:n_envs], "Any") == expected
 
 
 def test_draws_share_erm_teachers_and_adversarial_ones_where_those_agree(tmp_path: Path) -> None:

@@ -92,7 +92,10 @@ def test_two_teachers_have_prefixes_of_their_own(tiny: Any) -> None:
     calm, robust = first["teachers"]["calm"], first["teachers"]["robust"]
     assert (calm["algorithm"], calm["steps"]) == ("ERM", 3)
     assert (robust["algorithm"], robust["steps"], robust["teacher"]["algorithm"]) == ("AFT", 2, "ERM")
-    made = {prefix: read_records(folder / facts["path"])[0]["hparams"] for prefix, facts in first["teachers"].items()}
+    made = {
+        prefix: read_records((folder / facts["path"]).parent)[0]["hparams"]
+        for prefix, facts in first["teachers"].items()
+    }
     assert (made["calm"]["backbone"], made["calm"]["lr"]) == ("resnet8_w4", 0.01)
     assert made["robust"]["teacher_backbone"] == "resnet8_w4"  # the network of the model that AFT starts from
 
@@ -217,7 +220,7 @@ def test_one_like_kd_is_no_plain_teacher_of_a_folder(tiny: Any, capsys: pytest.C
 
     folder = tiny.train("kd", {"teacher": str(tiny.root / "runs")}, algorithm="KD")
 
-    assert read_records(folder)[0]["teacher"]["path"] == "../runs/plain"
+    assert read_records(folder)[0]["teacher"]["path"] == "../runs/plain/model.pkl"
     assert plain.is_file()
 
 

@@ -6,9 +6,10 @@ import re
 
 import numpy as np
 
+from daft_domainbed.results.cells import Table
 from daft_domainbed.results.charts import MOST_POINTS, draw_curves, draw_teachers_and_students
 from daft_domainbed.results.sweeps import Sweep, read_sweep
-from daft_domainbed.results.tables import Table, build_results
+from daft_domainbed.results.tables import build_results
 
 ONE = {10: [(0.5, 0.5)] * 3}
 

@@ -16,7 +16,7 @@ def test_it_prints_tables_and_notes_apart(full_sweep, capsys):
     assert main(["--input_dir", str(full_sweep.root)]) == 0
     captured = capsys.readouterr()
     assert captured.out.startswith("Toy: training-domain validation\n")
-    assert captured.err == "stray: not in plan.json; left out\n"
+    assert captured.err == "stray: not a run: no results.jsonl; left out\n"
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -157,7 +157,7 @@ def test_missing_jobs_and_notes(full_sweep):
     text = " ".join(" ".join(page.text).split())
     assert "1 planned job is not done and counts nowhere" in text
     assert "DAFT on red (n = 1): not launched (trial 0, hparams_seed 0)." in text
-    assert "stray not in plan.json; left out" in text
+    assert "stray not a run: no results.jsonl; left out" in text
 
 
 @pytest.mark.parametrize("planned", [True, False])

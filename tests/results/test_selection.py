@@ -9,13 +9,18 @@ import random
 import numpy as np
 import pytest
 
-from daft_domainbed.results.selection import SELECTIONS, Group, choose, group_runs
+from daft_domainbed.results.selection import SELECTIONS, choose, group_runs
 from daft_domainbed.results.sweeps import read_sweep
 
 
+def group(root):
+    """Runs by data set, algorithm, held-out domain and trial."""
+    groups = group_runs(read_sweep(root))
+    return {(key.dataset, key.algorithm, key.test_env, key.trial_seed): runs for key, runs in groups.items()}
+
+
 def choose_in(sweep, selection, test_env=0):
-    runs = group_runs(read_sweep(sweep.root).runs)[Group("Toy", "ERM", test_env, 0)]
-    return choose(selection, runs, test_env)
+    return choose(selection, group(sweep.root)["Toy", "ERM", test_env, 0], test_env)
 
 
 def test_training_domain_validation_takes_the_best_mean_of_training_out_splits(sweep):
@@ -56,7 +61,7 @@ def test_leave_one_domain_out_joins_pairs_on_the_step(sweep):
     choice = choose_in(sweep, "leave-one-domain-out")
     assert (choice.step, choice.test_acc) == (10, 0.6)
     assert choice.val_acc == pytest.approx(0.4)
-    assert choose_in(sweep, "leave-one-domain-out", test_env=1) is None  # no run holds out 1 alone
+    assert ("Toy", "ERM", 1, 0) not in group(sweep.root)  # no run holds out 1 alone
 
 
 @pytest.mark.parametrize("lacking", ["a pair", "its hparams_seed", "a shared step"])
@@ -110,29 +115,29 @@ def test_equals_domainbed_on_random_sweeps(sweep, upstream, seed, n_envs):
         "leave-one-domain-out": model_selection.LeaveOneOutSelectionMethod,
         "oracle": model_selection.OracleSelectionMethod,
     }
-    groups = group_runs(read_sweep(sweep.root).runs)
+    groups = group(sweep.root)
     expected = reporting.get_grouped_records(reporting.load_records(str(sweep.root)))
     assert len(groups) == len(expected) > 0
     n_chosen = 0
-    for group in expected:
-        key = Group(group["dataset"], group["algorithm"], group["test_env"], group["trial_seed"])
+    for found in expected:
+        key = tuple(found[name] for name in ("dataset", "algorithm", "test_env", "trial_seed"))
         for selection in SELECTIONS:
-            choice = choose(selection, groups[key], key.test_env)
+            choice = choose(selection, groups[key], found["test_env"])
             n_chosen += choice is not None
             # to the last bit
-            assert (choice and choice.test_acc) == theirs[selection].sweep_acc(group["records"]), (key, selection)
+            assert (choice and choice.test_acc) == theirs[selection].sweep_acc(found["records"]), (key, selection)
     assert n_chosen > len(groups)
 
 
 def test_equals_domainbed_on_the_sweep_it_ships(upstream):
     """The clone's own example sweep (VLCS, ERM, pairs, two trials) and the table printed from it."""
     root = upstream / "domainbed" / "misc"
-    groups = group_runs(read_sweep(root / "test_sweep_data").runs)
+    groups = group(root / "test_sweep_data")
     printed = [line for line in (root / "test_sweep_results.txt").read_text().splitlines() if "+/-" in line]
     for selection, line in zip(SELECTIONS, printed[::2], strict=True):
         cells = []
         for env in range(4):
-            chosen = (choose(selection, groups[Group("VLCS", "ERM", env, trial)], env) for trial in (0, 1))
+            chosen = (choose(selection, groups["VLCS", "ERM", env, trial], env) for trial in (0, 1))
             accs = [100 * choice.test_acc for choice in chosen if choice]
             cells.append(f"{np.mean(accs):.1f} +/- {np.std(accs) / math.sqrt(len(accs)):.1f}")
         assert line.split("  ")[0] == "ERM"

@@ -20,7 +20,7 @@ def test_schema_and_numbers(full_sweep):
         ("Toy", name) for name in selections
     ]
     table = data["tables"][0]
-    assert list(table) == ["dataset", "selection", "environments", "rows"]
+    assert list(table) == ["dataset", "selection", "environments", "kind", "held_out", "rows"]
     assert table["environments"] == ["red", "green", "blue"]
     assert [(row["algorithm"], row["role"]) for row in table["rows"]] == [
         ("ERM", "student"),

@@ -168,7 +168,7 @@ class TestRightTeacher:
             run = tiny.train(algorithm, {"teacher": str(teachers[kind])}, algorithm=algorithm)
             described = records(run)[0]["teacher"]
             assert described["algorithm"] == kind
-            assert (run / described["path"]).resolve() == teachers[kind].parent
+            assert (run / described["path"]).resolve() == teachers[kind]
         assert not (tiny.root / "teachers").exists()
 
     def test_the_home_folder_is_known(
@@ -560,7 +560,7 @@ class TestAuto:
         assert {path.name: path.stat().st_mtime_ns for path in store.iterdir()} == before
         described = [records(run)[0]["teacher"] for run in (first, second)]
         assert described[0] == described[1]
-        assert described[0]["path"] == f"../teachers/{store.name}"
+        assert described[0]["path"] == f"../teachers/{store.name}/model.pkl"
 
     def test_kd_and_daft_share_their_erm_teacher(self, tiny: Any, records: Callable[..., Any]) -> None:
         kd, daft = (records(tiny.train(name, {"lr": 0.01}, algorithm=name))[0]["teacher"] for name in ("KD", "DAFT"))
@@ -791,7 +791,7 @@ class TestRecord:
         described = [records(run)[0]["teacher"]]
         described.append(described[0]["teacher"])
         for entry, algorithm, steps in zip(described, ("AFT", "ERM"), (3, 5), strict=True):
-            folder = run / entry["path"]
+            folder = (run / entry["path"]).parent
             assert not os.path.isabs(entry["path"])
             last = records(folder)[-1]
             content = checkpoints.load_checkpoint(folder / "model.pkl")
