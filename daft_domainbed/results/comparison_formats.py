@@ -82,7 +82,7 @@ def lay_out_comparisons(comparisons: Sequence[Comparison]) -> list[Grid]:
 def _list_cells(entry: Comparison) -> list[str]:
     interval = NOTHING if entry.interval is None else f"[{entry.interval[0]:+.1f}, {entry.interval[1]:+.1f}]"
     p_values = (NOTHING if p is None else _format_p(p) for p in (entry.p, entry.p_adjusted))
-    gains = (NOTHING if gain is None else f"{gain:+.1f}" for gain in (entry.gain, *entry.gains.values()))
+    gains = (NOTHING if gain is None else f"{round(gain, 1) + 0:+.1f}" for gain in (entry.gain, *entry.gains.values()))
     gain, *by_env = gains
     return [f"{entry.first} - {entry.second}", gain, interval, *p_values, str(entry.n), *by_env]
 

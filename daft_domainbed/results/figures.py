@@ -12,7 +12,7 @@ import numpy as np
 from daft_domainbed.errors import UsageError
 from daft_domainbed.results.cells import Row, Table
 from daft_domainbed.results.charts import collect_curves, pair_up, read_held_out
-from daft_domainbed.results.comparison import FEWEST_TRIALS, compare
+from daft_domainbed.results.comparison import FEWEST_TRIALS, collect_trials, compare_trials
 from daft_domainbed.results.selection import SELECTION_WORDS
 from daft_domainbed.results.statistics import bootstrap_mean, standard_error
 from daft_domainbed.results.tables import Results
@@ -56,38 +56,6 @@ def write_figures(results: Results, folder: Path) -> list[Path]:
     return files
 
 
-def write_size_figure(series: Sequence[Results], first: str, others: Sequence[str], folder: Path) -> list[Path]:
-    """Draw an algorithm's gain over others against the size of its students, a sweep each.
-
-    Raises:
-        UsageError: Fewer than two sizes are recorded, or matplotlib is missing.
-    """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise UsageError("--figures needs matplotlib: pip install 'daft-domainbed[report]'") from error
-    points: dict[str, list[tuple[int, float, float, float]]] = {}
-    for results in series:
-        sizes = {read_size(run.first)[0] for run in results.sweep.runs if run.key.algorithm == first}
-        for entry in compare(results, first, others):
-            if entry.gain is not None and len(sizes) == 1 and (size := sizes.pop()):
-                low, high = entry.interval or (entry.gain, entry.gain)
-                points.setdefault(entry.second, []).append((size, entry.gain, low, high))
-                sizes = {size}
-    if max((len(found) for found in points.values()), default=0) < 2:
-        raise UsageError("the records name fewer than two sizes of students: give sweeps of several")
-    folder.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context(_SETTINGS):
-        figure, axes = _start(1)
-        for color, (other, found) in zip(COLORS, points.items(), strict=False):
-            x, gain, low, high = np.array(sorted(found)).T
-            axes[0].errorbar(x, gain, [gain - low, high - gain], fmt="o-", ms=3, capsize=2, color=color, label=other)
-        axes[0].axhline(0, lw=0.6, color="0.5")
-        axes[0].set(xscale="log", xlabel="parameters of the student", ylabel=f"gain of {first} over, points")
-        axes[0].legend()
-        return _save(figure, folder / "gain-by-size")
-
-
 def _draw(results: Results, table: Table) -> Iterator[tuple[str, Figure]]:
     students = [row for row in table.rows if row.role == "student"]
     if not table.is_asked or all(cell.mean is None for row in students for cell in row.cells):
@@ -96,6 +64,8 @@ def _draw(results: Results, table: Table) -> Iterator[tuple[str, Figure]]:
     if figure := _draw_pairs(results, table, students):
         yield f"{table.selection}-teachers", figure
     yield f"{table.selection}-curves", _draw_curves(table, students)
+    if figure := _draw_sizes(table, students):
+        yield f"{table.selection}-sizes", figure
 
 
 def _draw_domains(table: Table, students: Sequence[Row]) -> Figure:
@@ -115,9 +85,9 @@ def _draw_domains(table: Table, students: Sequence[Row]) -> Figure:
                 )
     axis.set_xticks(range(len(lots)), [*table.environments, "average"])
     spread = "95 % bootstrap interval" if has_intervals else "± standard error" if table.n_trials > 1 else "one trial"
-    axis.set_ylabel(f"accuracy, percent ({spread})")
+    axis.set_ylabel(f"accuracy, percent\n({spread})")
     axis.set_title(f"{table.name}: {SELECTION_WORDS[table.selection].name}", fontsize=8)
-    axis.legend(ncols=len(students), loc="upper center", bbox_to_anchor=(0.5, -0.12))
+    _add_legend(figure, axis)
     return figure
 
 
@@ -165,8 +135,43 @@ def _draw_curves(table: Table, students: Sequence[Row]) -> Figure:
                 axis.plot(curve.steps[curve.at], curve.values[curve.at], "o", ms=2.5, color=color)
         axis.set(title=name, xlabel="step")
     axes[0].set_ylabel("accuracy, percent")
-    axes[0].legend()
+    _add_legend(figure, axes[0])
     return figure
+
+
+def _draw_sizes(table: Table, students: Sequence[Row]) -> Figure | None:
+    """Draw the last algorithm's gain over each other against the size of their students; None where there is one."""
+    last, by_size = students[-1].algorithm, _group_by_size(students)
+    points: dict[str, list[tuple[int, float, float, float]]] = {}
+    for size, rows in sorted(by_size.items()):
+        for name in rows.keys() - {last} if last in rows else ():
+            trials = [collect_trials(table, rows[algorithm].name) for algorithm in (last, name)]
+            entry = compare_trials(table, last, name, trials[0], trials[1])
+            if entry.gain is not None:
+                low, high = entry.interval or (entry.gain, entry.gain)
+                points.setdefault(name, []).append((size, entry.gain, low, high))
+    if max(map(len, points.values()), default=0) < 2:
+        return None
+    figure, (axis,) = _start(1)
+    for color, (name, found) in zip(COLORS, sorted(points.items()), strict=False):
+        x, gain, low, high = np.array(found).T
+        axis.errorbar(x, gain, [gain - low, high - gain], fmt="o-", ms=3, capsize=2, color=color, label=name)
+    axis.axhline(0, lw=0.6, color="0.5")
+    axis.set(xscale="log", xlabel="parameters of the student", ylabel=f"gain of {last} over, points", title=table.name)
+    axis.set_xticks([*by_size], [f"{size / 1e6:.2g} M" for size in by_size])
+    axis.set_xticks([], minor=True)
+    axis.legend()
+    return figure
+
+
+def _group_by_size(students: Sequence[Row]) -> dict[int, dict[str, Row]]:
+    """Return the row of each algorithm by its network's parameters; of several rows of one size, the first."""
+    by_size: dict[int, dict[str, Row]] = {}
+    for row in students:
+        sizes = {read_size(number.choice.run.first)[0] for cell in row.cells for number in cell.numbers}
+        if len(sizes) == 1 and (size := sizes.pop()):
+            by_size.setdefault(size, {}).setdefault(row.algorithm, row)
+    return by_size
 
 
 def _start(n_panels: int, width: float | None = None, **kwargs: Any) -> tuple[Figure, Sequence[Any]]:
@@ -177,6 +182,15 @@ def _start(n_panels: int, width: float | None = None, **kwargs: Any) -> tuple[Fi
     figure = Figure(figsize=(width or max(2.6, _INCH_A_PANEL * n_panels), _HEIGHT), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, list(np.ravel(figure.subplots(1, n_panels, **kwargs)))
+
+
+def _add_legend(figure: Figure, axis: Any) -> None:
+    """Name an axis's rows below the figure, in as many columns as fit."""
+    handles, labels = axis.get_legend_handles_labels()
+    columns = max(1, int(figure.get_figwidth() / (0.55 + 0.06 * max(map(len, labels)))))  # inches
+    n_lines = -(-len(labels) // columns)
+    figure.set_figheight(_HEIGHT + 0.16 * (n_lines - 1))
+    figure.legend(handles, labels, ncols=min(columns, len(labels)), loc="outside lower center")
 
 
 def _save(figure: Figure, stem: Path) -> list[Path]:

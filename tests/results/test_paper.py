@@ -14,7 +14,7 @@ import pytest
 from daft_domainbed.cli import run_command
 from daft_domainbed.errors import UsageError
 from daft_domainbed.results.grids import escape_latex, write_latex_text
-from daft_domainbed.results.sweeps import read_sweep
+from daft_domainbed.results.sweeps import read_sweep, read_sweeps
 from daft_domainbed.results.tables import build_results
 from tests.results.conftest import fill_full_sweep, find_job, find_row, read_json
 
@@ -157,22 +157,34 @@ def test_figures_are_two_files_each_and_a_function_of_the_records(sweep, show: S
         assert Path(path).read_bytes() == (tmp_path / "b" / Path(path).name).read_bytes()
 
 
-def test_gain_against_student_size(make_sweep, tmp_path: Path) -> None:
+def test_gain_against_student_size_where_sweeps_have_several(
+    make_sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Gains of the last algorithm: 10 points over KD and 20 over ERM at the small size, 20 and 40 at the large one."""
     pytest.importorskip("matplotlib")
-    from daft_domainbed.results.figures import write_size_figure
+    from daft_domainbed.results import figures
 
-    series = []
-    for i, size in enumerate((20_000, 80_000)):
-        own = make_sweep(tmp_path / str(i))
-        for algorithm, acc in (("KD", 0.5), ("DAFT", 0.5 + 0.1 * (i + 1))):
+    roots = [tmp_path / "small", tmp_path / "large"]
+    for i, (root, size) in enumerate(zip(roots, (20_000, 80_000), strict=True), 1):
+        own = make_sweep(root)
+        hparams = {"backbone": f"resnet8_w{8 * i}"}
+        for algorithm, acc in (("ERM", 0.5), ("KD", 0.5 + 0.1 * i), ("DAFT", 0.5 + 0.2 * i)):
             for env in range(3):
+                records = {10: [(acc, 0.5)] * 3}
                 first = {"size": {"parameters": size, "multiply_adds": 1}}
-                own.run(algorithm, [env], {10: [(acc, 0.5)] * 3}, first=first)
-        series.append(build_results(read_sweep(own.root)))
-    svg, pdf = write_size_figure(series, "DAFT", ["KD"], tmp_path / "figures")
-    assert "parameters of the student" in svg.read_text() and pdf.stat().st_size > 1000
-    with pytest.raises(UsageError, match="fewer than two sizes"):
-        write_size_figure(series[:1], "DAFT", ["KD"], tmp_path / "figures")
+                own.run(algorithm, [env], records, hparams=hparams, first=first)
+        own.write_plan(datasets=["Toy"], algorithms=["ERM", "KD", "DAFT"])
+    flags = ["--figures", str(tmp_path / "figures"), "--input_dir"]
+    assert run_command("collect_results", [*flags, *map(str, roots)]) == 0
+    svg = tmp_path / "figures" / "Toy-training-domain-sizes.svg"
+    assert str(svg) in capsys.readouterr().out and "gain of DAFT over, points" in svg.read_text()
+
+    one, both = (build_results(read_sweeps(folders)).tables[0] for folders in (roots[:1], roots))
+    assert figures._draw_sizes(one, one.rows) is None
+    figure = figures._draw_sizes(both, both.rows)
+    assert figure
+    lines = {kind.get_label(): kind[0].get_xydata().round(6).tolist() for kind in figure.axes[0].containers}
+    assert lines == {"ERM": [[20_000, 20], [80_000, 40]], "KD": [[20_000, 10], [80_000, 20]]}
 
 
 def test_without_matplotlib_it_says_what_to_install(sweep, show: Show, monkeypatch, tmp_path: Path) -> None:
