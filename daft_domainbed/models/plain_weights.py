@@ -89,11 +89,11 @@ def _find_prefix(state: Mapping[str, Tensor], wanted: list[str], path: Path, nam
         {key.removesuffix(wanted[0]) for key in state if key == wanted[0] or key.endswith(f".{wanted[0]}")},
         key=lambda prefix: (prefix.endswith(_COPIES), len(prefix), prefix),
     )
-    lacking: list[str] = []
-    for prefix in candidates:
-        lacking = [key for key in wanted if prefix + key not in state]
+    lacks = {prefix: [key for key in wanted if prefix + key not in state] for prefix in candidates}
+    for prefix, lacking in lacks.items():
         if not lacking:
             return prefix
+    lacking = min(lacks.values(), key=len, default=[])
     first = lacking[0] if lacking else wanted[0]
     more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
     raise UsageError(

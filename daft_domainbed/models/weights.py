@@ -8,7 +8,8 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -40,11 +41,15 @@ def save(content: Mapping[str, Any], path: Path) -> None:
             raise
 
 
-def load(path: Path) -> dict[str, Any]:
+def load(path: Path, allowed: Sequence[type] = ()) -> dict[str, Any]:
     """Load a file that `torch.save` wrote, without ever running code from it.
 
     The archive's checksums are verified first: torch itself does not, so a flipped bit would load as other weights.
     Torch is then given what was verified, and nothing else: it reads some damaged archives in its own way.
+
+    Args:
+        path: The file.
+        allowed: Classes whose instances it may hold beside tensors and data.
 
     Raises:
         UsageError: The file is missing, truncated, damaged, not a checkpoint, or holds anything but tensors and data.
@@ -64,12 +69,12 @@ def load(path: Path) -> dict[str, Any]:
             f"PyTorch 1.6; copy or make it again"
         ) from error
     verified.seek(0)
-    return _unpickle(verified, path)
+    return _unpickle(verified, path, allowed)
 
 
-def _unpickle(file: BinaryIO, path: Path) -> dict[str, Any]:
+def _unpickle(file: BinaryIO, path: Path, allowed: Sequence[type]) -> dict[str, Any]:
     try:
-        with torch.serialization.safe_globals(_NUMPY_SCALARS), warnings.catch_warnings():
+        with torch.serialization.safe_globals([*_NUMPY_SCALARS, *allowed]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickles that it then refuses, or reads well
             content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -98,6 +103,8 @@ def load_weights(path: Path) -> dict[str, Tensor]:
 def load_nested(path: Path) -> dict[str, Any]:
     """Load a dictionary that holds tensors somewhere, from a `.safetensors` or a torch file of whatever age.
 
+    It may hold the arguments of whoever saved it as a Namespace, which is data alone; timm's scripts do that.
+
     Raises:
         UsageError: As `load`.
     """
@@ -113,8 +120,8 @@ def load_nested(path: Path) -> dict[str, Any]:
             raise UsageError(f"{path} is not a whole safetensors file ({_one_line(error)})") from error
     if path.is_file() and not zipfile.is_zipfile(path):  # of before PyTorch 1.6, as published weights often are
         with path.open("rb") as file:
-            return _unpickle(file, path)
-    return load(path)
+            return _unpickle(file, path, [Namespace])
+    return load(path, [Namespace])
 
 
 def find_non_finite(state: Mapping[str, Tensor]) -> str | None:

@@ -63,8 +63,9 @@ def find_asked(kind: str, sets: Iterable[Held], n_envs: int, validation: Iterabl
     for held_out in sorted(sets, key=len):
         for env in held_out:
             cells.setdefault((None, env), held_out)
-    pairs = [held_out for held_out in [*sets, *validation] if len(held_out) == 2]
-    has_pairs = any(len(cells.get((None, env), ())) == 1 for pair in pairs for env in pair)
+    paired = {frozenset(held_out) for held_out in [*sets, *validation] if len(held_out) == 2}
+    singles = [env for (_, env), held_out in cells.items() if len(held_out) == 1]
+    has_pairs = any(all({env, other} in paired for other in range(n_envs) if other != env) for env in singles)
     return Asked(kind, order, {key: cells[key] for key in sorted(cells, key=lambda key: key[1])}, has_pairs)
 
 

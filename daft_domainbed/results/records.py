@@ -24,6 +24,7 @@ from daft_domainbed.results.labels import identify_dataset
 from daft_domainbed.results.settings import Setting
 from daft_domainbed.results.values import as_dict, is_name, is_number, show_name
 from daft_domainbed.runtime.layout import DONE_FILE, PROVENANCE_FILE, RECORDS_FILE, list_teachers
+from daft_domainbed.runtime.origins import is_file, name_unknown
 
 LOADERS: tuple[Callable[[bytes], Any], ...] = (json.loads,)
 with contextlib.suppress(ImportError):
@@ -166,7 +167,11 @@ class Run:
 
 def read_origins(recorded: Mapping[str, Any]) -> list[str]:
     """Return what a first record, or what a student recorded of a teacher, says of where networks start."""
-    return [show_name(str(text)) for text in as_dict(recorded.get("origins")).values()]
+    if "origins" in recorded:
+        return [show_name(str(text)) for text in as_dict(recorded["origins"]).values()]
+    # Runs of before said nothing; what they were given says that weights came from a file.
+    given = {name: value for name, value in as_dict(recorded.get("hparams")).items() if name.endswith("weights")}
+    return [show_name(name_unknown(value)) for value in given.values() if is_file(value)]
 
 
 def read_run(root: Path, folder: str, notes: list[Note], weights: str = "plain") -> Run | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import PurePath
@@ -9,7 +10,7 @@ from typing import Any
 
 from daft_domainbed.arguments import MOVABLE, TrainArgs, get_defaults
 from daft_domainbed.methods import find_method
-from daft_domainbed.results.values import as_dict, show_name
+from daft_domainbed.results.values import as_dict, as_list, show_name
 
 Setting = tuple[tuple[str, str], ...]  # names and values, ascending
 
@@ -33,13 +34,28 @@ def read_given(args: Mapping[str, Any], chosen: Mapping[str, Any] | None = None)
     given = {name: args.get(name, defaults[name]) for name in defaults if name not in _NO_SETTING}
     hparams = _parse(args.get("hparams"))
     own = as_dict(hparams.pop(algorithm, None))
-    if chosen:
-        values = [as_dict(as_dict(setting).get("hparams")) for setting in chosen.get("settings", [])]
-        own = {name: value for name, value in own.items() if not any(name in one for one in values)}
-        given["chosen"] = f"by rerun, {chosen.get('choose')}"
-    given |= {f"hparams {name}": value for name, value in (hparams | own).items()}
     slots = {slot.prefix for slot in find_method(algorithm).slots}
-    return _freeze({name: _shorten(name.removeprefix("hparams "), value, slots) for name, value in given.items()})
+    if chosen:
+        settings = [as_dict(setting) for setting in as_list(chosen.get("settings"))]
+        values = [as_dict(one.get("hparams")) for one in settings if one.get("algorithm") == algorithm]
+        own = {name: value for name, value in own.items() if not any(one.get(name, own) == value for one in values)}
+        given["chosen"] = f"by rerun, {chosen.get('choose')} {_digest(settings)}"
+    given |= {f"hparams {name}": _shorten(name, value, slots) for name, value in hparams.items()}
+    # What is the student's alone is another setting where there are teachers, which the same name would reach, too.
+    given |= {f"hparams {algorithm}.{name}" if slots else f"hparams {name}": value for name, value in own.items()}
+    return _freeze(given)
+
+
+def _digest(settings: list[dict[str, Any]]) -> str:
+    """Return what tells apart values that were chosen, whatever the place and the trial that they come from."""
+    names = ("dataset", "algorithm", "test_env", "hparams")
+    text = json.dumps([[one.get(name) for name in names] for one in settings], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:8]
+
+
+def is_given(setting: Setting, given: Setting) -> bool:
+    """Return whether a run's setting begins with what was given, before the networks that followed from it."""
+    return setting[: len(given)] == given
 
 
 def read_networks(hparams: Mapping[str, Any], teachers: Mapping[str, Any]) -> Setting:
@@ -72,10 +88,13 @@ def describe_settings(settings: Iterable[Setting]) -> dict[Setting, str | None]:
     shown = [name for name in differing if name not in given]
     if len(known) == 1:
         return {known[0]: None}
-    return {
+    texts: dict[Setting, str | None] = {
         setting: ", ".join(f"{name.removeprefix('hparams ')} {dict(setting).get(name, 'not given')}" for name in shown)
         for setting in known
     }
+    if len({*texts.values()}) < len(known):
+        texts = {s: ", ".join(f"{name} {dict(s).get(name, 'not given')}" for name in differing) for s in known}
+    return texts
 
 
 def _parse(hparams: Any) -> dict[str, Any]:

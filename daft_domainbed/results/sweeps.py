@@ -26,7 +26,7 @@ from daft_domainbed.results.labels import label_datasets
 from daft_domainbed.results.missing import Missing, list_missing
 from daft_domainbed.results.plans import Plan, are_names, read_plan, show_names
 from daft_domainbed.results.records import Note, Run, RunKey, read_run
-from daft_domainbed.results.settings import Setting, read_given, read_networks
+from daft_domainbed.results.settings import Setting, is_given, read_given, read_networks
 from daft_domainbed.results.values import as_list
 from daft_domainbed.runtime.layout import PLAN_FILE, RECORDS_FILE, SLURM_FOLDER, TEACHERS_FOLDER
 
@@ -296,12 +296,16 @@ def _drop_doubles(runs: list[Run], notes: list[Note]) -> list[Run]:
 
 def _drop_done(missing: Iterable[Missing], students: Iterable[Run]) -> list[Missing]:
     """Drop what another folder has, and of what several lack all but one."""
-    done = {(run.key, run.kind) for run in students if run.is_done}
+    done: dict[tuple[RunKey, str], list[Setting]] = {}
+    for run in students:
+        if run.is_done:
+            done.setdefault((run.key, run.kind), []).append(run.setting)
     kept: dict[tuple[object, ...], Missing] = {}
     for one in missing:
         planned = one.planned
         name = PurePosixPath(planned.folder).name if planned.is_teacher else ""
-        if planned.is_teacher or (planned.key, planned.kind) not in done:
+        found = done.get((planned.key, planned.kind), [])
+        if planned.is_teacher or not any(is_given(setting, planned.given) for setting in found):
             kept.setdefault((name, planned.key, planned.kind, planned.given), one)
     return list(kept.values())
 

@@ -23,7 +23,7 @@ from daft_domainbed.results.missing import Missing, cut_sweep_path
 from daft_domainbed.results.plans import order_algorithms
 from daft_domainbed.results.records import Run, read_origins
 from daft_domainbed.results.selection import SELECTIONS, Choice, choose, group_runs
-from daft_domainbed.results.settings import Setting, describe_settings, read_networks
+from daft_domainbed.results.settings import Setting, describe_settings, is_given, read_networks
 from daft_domainbed.results.sweeps import Sweep
 from daft_domainbed.results.values import as_list
 
@@ -78,7 +78,7 @@ class _DatasetTables:
         lone = [
             given
             for given, name in zip(open_ones, names, strict=True)
-            if name == algorithm and not any(_is_given(setting, given) for setting in found)
+            if name == algorithm and not any(is_given(setting, given) for setting in found)
         ]
         return describe_settings([*found, *lone])
 
@@ -125,7 +125,7 @@ class _DatasetTables:
 
     def _find_setting(self, algorithm: str, given: Setting) -> Setting:
         settings = self.settings[algorithm]
-        return next((setting for setting in settings if _is_given(setting, given)), given)
+        return next((setting for setting in settings if is_given(setting, given)), given)
 
     def _make_row(
         self, algorithm: str, role: str, setting: str | None, source: int | None, build: Callable[[int, Held], Cell]
@@ -205,10 +205,6 @@ class _DatasetTables:
         others = [self.names[e] for e in held_out if e != env] if self.kind == LEAVE_OUT else []
         name, with_others = self.names[env], " and ".join(others)
         return Cell(name, [number.accuracy for number in numbers], numbers, gap, with_others)
-
-
-def _is_given(setting: Setting, given: Setting) -> bool:
-    return setting[: len(given)] == given
 
 
 def list_origins(number: Number) -> list[str]:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from daft_domainbed.arguments import TrainArgs
-from daft_domainbed.data.left_out import list_classes
+from daft_domainbed.data.left_out import find_class_names, list_classes
 from daft_domainbed.errors import UsageError, suggest
 from daft_domainbed.host.contract import describe_dataset, find_host
 from daft_domainbed.hparams import parse_json
@@ -80,6 +80,7 @@ def adopt(args: AdoptArgs) -> Path:
         "model_num_domains": len(seen),
         "model_hparams": hparams,
         "model_dict": model.state_dict(),
+        "class_names": find_class_names(dataset),
         "provenance": {
             "dataset": args.run.dataset,
             "data_id": args.run.data_id,

@@ -16,7 +16,7 @@ from daft_domainbed.arguments import TrainArgs
 from daft_domainbed.errors import UsageError, suggest
 from daft_domainbed.host.contract import DatasetFacts, Host
 from daft_domainbed.methods import list_slots
-from daft_domainbed.models.origins import list_origins
+from daft_domainbed.runtime.origins import list_origins
 from daft_domainbed.teachers.provenance import Split, describe
 from daft_domainbed.teachers.teacher import Teacher
 

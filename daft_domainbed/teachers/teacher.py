@@ -14,9 +14,9 @@ from daft_domainbed.errors import UsageError
 from daft_domainbed.functional.input_spec import InputSpec
 from daft_domainbed.methods import PLAIN
 from daft_domainbed.models.backbones import freeze_backbone
-from daft_domainbed.models.origins import list_origins
 from daft_domainbed.plugin.defaults import FOLDER, NETWORK, list_hparams
 from daft_domainbed.runtime.layout import CHECKPOINT_FILE, list_teachers, name_teacher_file, pack_teachers, read_records
+from daft_domainbed.runtime.origins import list_origins
 
 _NETWORK = ("backbone", "backbone_input_size", "input_size", "resnet18", "vit", "dinov2")  # what tells networks apart
 # How a network is trained, not what it is.

@@ -26,11 +26,11 @@ from daft_domainbed.host.contract import get_algorithm_class
 from daft_domainbed.methods import list_slots
 from daft_domainbed.models.backbones import freeze_for_probe
 from daft_domainbed.models.frozen import share_features
-from daft_domainbed.models.origins import list_doubts
 from daft_domainbed.runtime import randomness, stopping
 from daft_domainbed.runtime.layout import BEST_CHECKPOINT_FILE, CHECKPOINT_FILE, DONE_FILE, RESUME_FILE
 from daft_domainbed.runtime.locks import Claim, acquire, explain_unwritable
 from daft_domainbed.runtime.machine import keep_freed_memory
+from daft_domainbed.runtime.origins import list_doubts
 from daft_domainbed.teachers import provenance
 from daft_domainbed.teachers.facts import RunFacts, run_in_progress
 from daft_domainbed.teachers.find import find_teachers

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 
 import pytest
@@ -17,6 +19,7 @@ from daft_domainbed.results.formats import FORMATS, to_json
 from daft_domainbed.results.report import render
 from daft_domainbed.results.robustness import FORMATS as ROBUSTNESS_FORMATS
 from daft_domainbed.results.robustness import build_robustness
+from daft_domainbed.results.settings import describe_settings, read_given
 from daft_domainbed.results.sweeps import read_sweep, read_sweeps
 from daft_domainbed.results.tables import build_results
 from tests.results.conftest import SweepMaker, fill_full_sweep, find_row, level, print_as, read_json
@@ -116,6 +119,7 @@ def test_pairs_of_three_domains_are_validation_beside_single_ones(tmp_path):
     assert guess_kind((0, 1), 3, [(0, 2)]) == "single-source"
     assert guess_kind((0,), 2, []) == "leave-out"
     assert find_asked("leave-out", [(0,), (0, 1), (0, 2), (0, 3)], 4).has_pairs
+    assert not find_asked("leave-out", [(0,), (0, 1)], 4).has_pairs
 
 
 def test_comparisons_are_over_what_was_asked_for(tmp_path):
@@ -182,10 +186,9 @@ def test_what_is_said_of_settings_is_said_of_each_sweep(tmp_path):
         sweep.write_plan(algorithms=["ERM"], hparams=hparams, chosen=chosen)
     results = build_results(read_sweeps([tmp_path / "a", tmp_path / "b"]))
     checklist = build_checklist(results)
-    assert [entry.algorithm for entry in checklist.entries] == [
-        "ERM (lr 0.1, chosen not given)",
-        "ERM (lr 0.2, chosen by rerun, per-algorithm)",
-    ]  # fmt: skip
+    first, second = (entry.algorithm for entry in checklist.entries)
+    assert first == "ERM (lr 0.1, chosen not given)"
+    assert re.fullmatch(r"ERM \(lr 0\.2, chosen by rerun, per-algorithm \w{8}\)", second)
     assert [entry.n_trials for entry in checklist.entries] == [1, 1]
     assert 'set by hand: {"lr": 0.1} and {"lr": 0.2}' in checklist.notes
     assert list_chosen(results.sweep) == ["  ERM: draw 3 of trial None in ../search (lr 0.3)"]
@@ -270,13 +273,74 @@ def test_what_a_rerun_chose_is_one_row_in_it_and_another_beside_its_search(tmp_p
     for env in range(2):
         search.run("ERM", [env], accs(10, 20))
         settings.append({"dataset": "Toy", "algorithm": "ERM", "test_env": env, "hparams": {"lr": 0.1 * (env + 1)}})
-        run(rerun, [env], accs(30, 40), trial_seed=1, hparams='{"ERM": {"lr": %g}}' % (0.1 * (env + 1)))
+        run(rerun, [env], accs(30, 40), trial_seed=1, hparams=json.dumps({"ERM": {"lr": 0.1 * (env + 1)}}))
     search.write_plan(algorithms=["ERM"])
     rerun.write_plan(algorithms=["ERM"], chosen={"choose": "per-environment", "settings": settings})
     (row,) = get_table(read_json(rerun.root))["rows"]
     assert (get_means(row), "setting" in row) == ([30, 40], False)
     rows = get_table(to_json(build_results(read_sweeps([search.root, rerun.root]))))["rows"]
-    assert [row["setting"] for row in rows] == ["chosen not given", "chosen by rerun, per-environment"]
+    assert rows[0]["setting"] == "chosen not given"
+    assert rows[1]["setting"].startswith("chosen by rerun, per-environment ")
+
+
+def test_what_two_reruns_chose_is_two_rows(tmp_path):
+    for name, lr, trial in (("a", 0.1, 1), ("b", 0.7, 2)):
+        rerun = make(tmp_path / name, ("red", "green"))
+        settings = [{"dataset": "Toy", "algorithm": "ERM", "test_env": None, "hparams": {"lr": lr}}]
+        for env in range(2):
+            run(rerun, [env], accs(100 * lr, 100 * lr), trial_seed=trial, hparams=json.dumps({"ERM": {"lr": lr}}))
+        rerun.write_plan(algorithms=["ERM"], chosen={"choose": "per-algorithm", "settings": settings})
+    rows = get_table(to_json(build_results(read_sweeps([tmp_path / "a", tmp_path / "b"]))))["rows"]
+    assert [get_means(row) for row in rows] == [[10, 10], [70, 70]]
+    assert len({row["setting"] for row in rows}) == 2
+
+
+def test_what_the_user_gives_beside_a_choice_is_a_setting():
+    chosen = {"choose": "per-algorithm", "settings": [{"algorithm": "KD", "hparams": {"lr": 0.1}}]}
+    as_chosen, other = (
+        read_given({"algorithm": "KD", "hparams": json.dumps({"KD": {"lr": lr}})}, chosen) for lr in (0.1, 0.5)
+    )
+    assert set(other) - set(as_chosen) == {("hparams KD.lr", "0.5")}
+    assert not set(as_chosen) - set(other)
+
+
+def test_a_value_for_the_student_alone_is_another_setting_where_there_are_teachers():
+    for algorithm, is_same in (("KD", False), ("ERM", True)):
+        shared, own = (
+            read_given({"algorithm": algorithm, "hparams": json.dumps(hparams)})
+            for hparams in ({"lr": 0.1}, {algorithm: {"lr": 0.1}})
+        )
+        assert (shared == own) == is_same
+
+
+def test_rows_of_several_settings_have_several_names():
+    settings = [(("backbone", "a"), ("hparams backbone", "a")), (("backbone", "b"),), (("backbone", "c"),)]
+    assert len({*describe_settings(settings).values()}) == 3
+
+
+def test_what_another_setting_lacks_is_still_missing(tmp_path):
+    for name, lr in (("x", 0.1), ("y", 0.2)):
+        sweep = make(tmp_path / name, ("red", "green"))
+        for env in range(2):
+            for draw in range(2):
+                folder = sweep.plan("ERM", [env], hparams=json.dumps({"lr": lr}), hparams_seed=draw)
+                if (name, draw) != ("y", 1):
+                    first = {"environments": sweep.environments}
+                    sweep.write_run(folder, sweep.jobs[-1]["args"], accs(50, 50), first=first)
+        sweep.write_plan(algorithms=["ERM"], hparams=json.dumps({"lr": lr}))
+    data = to_json(build_results(read_sweeps([tmp_path / "x", tmp_path / "y"])))
+    assert [(one["test_envs"], one["hparams_seed"], one["reason"]) for one in data["missing"]] == [
+        ([env], 1, "not launched") for env in range(2)
+    ]
+
+
+def test_weights_of_a_run_before_anybody_said_where_they_are_from(tmp_path):
+    sweep = make(tmp_path / "s", ("red", "green"))
+    sweep.run("ERM", [0], accs(10, 20), first={"hparams": {"weights": "mine/net.pt"}})
+    sweep.run("KD", [0], accs(10, 20), first={"hparams": {"weights": "pretrained"}})
+    rows = get_table(read_json(sweep.root))["rows"]
+    origins = {row["algorithm"]: row.get("origins") for row in rows if row["role"] == "student"}
+    assert origins == {"ERM": ["weights of unknown origin (net.pt)"], "KD": None}
 
 
 def test_commands_take_several_folders(tmp_path, capfd):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,9 @@ WRAPPED: dict[str, Callable[[Net, Path], object]] = {
     "Lightning": lambda net, path: torch.save(
         {"epoch": 3, "global_step": 9, "state_dict": name(net, "model."), "optimizer_states": [{"lr": 0.1}]}, path
     ),
-    "timm": lambda net, path: torch.save({"state_dict": name(net, head="head.fc"), "arch": "x", "metric": 0.5}, path),
+    "timm": lambda net, path: torch.save(
+        {"state_dict": name(net, head="head.fc"), "arch": "x", "args": Namespace(lr=0.1, opt=None)}, path
+    ),
     "MoCo": lambda net, path: torch.save(
         {
             "state_dict": name(net, "module.encoder_q.")
@@ -102,6 +105,7 @@ def test_weights_are_found_in_every_wrapping(way: str, net: Net, folder: Path) -
     x = torch.randn(3, 3, 16, 16)
     wanted = net(x) - (net.fc.bias if "without a bias" in way else 0)
     torch.testing.assert_close(ask(Path("mine/model.pkl"), x), wanted, atol=0.02 if way == "half" else 1e-5, rtol=1e-3)
+    assert load_checkpoint(Path("mine/model.pkl"))["class_names"] == ["x", "y"]
 
 
 def test_safetensors_are_taken_and_classes_give_the_heads_order(net: Net, folder: Path) -> None:
@@ -118,6 +122,9 @@ def spoil(net: Net, key: str, value: Tensor | None) -> State:
 
 REFUSED: dict[str, tuple[Callable[[Net, Path], object], tuple[str, ...], str]] = {
     "a layer too few": (lambda n, p: torch.save(spoil(n, "conv.weight", None), p), (), "it lacks"),
+    "one norm too few": (
+        lambda n, p: torch.save(spoil(n, "blocks.1.bn1.weight", None), p), (), r"it lacks blocks.1.bn1.weight; it has",
+    ),
     "another network": (lambda n, p: torch.save(nn.Linear(3, 4).state_dict(), p), (), "it lacks"),
     "another width": (lambda n, p: torch.save(name(Net(8)), p), (), "does not fit backbone 'resnet8_w4': "),
     "no head": (lambda n, p: torch.save(n.backbone.state_dict(), p), (), "has 0 linear layers beside the backbone"),

@@ -270,7 +270,7 @@ class TestWhatHasChanged:
         lines[-1] = json.dumps(json.loads(lines[-1]) | {"env1_out_acc": 1.0, "env2_out_acc": 1.0})
         (better.parent / "results.jsonl").write_text("\n".join(lines))
         before = (tiny.root / "run" / "results.jsonl").read_bytes()
-        with pytest.raises(UsageError, match=r"another teacher \(\.\./store/better\) answers now"):
+        with pytest.raises(UsageError, match=r"another teacher \(\.\./store/better/model\.pkl\) answers now"):
             tiny.train(**flags)
         assert (tiny.root / "run" / "results.jsonl").read_bytes() == before
         shutil.rmtree(better.parent)

@@ -48,9 +48,19 @@ def list_doubts(origins: Mapping[str, str]) -> list[str]:
     return [f"{name}: {text}{why if UNKNOWN in text else ''}" for name, text in doubtful.items()]
 
 
+def is_file(weights: Any) -> bool:
+    """Return whether a hyperparameter names a file of weights."""
+    return isinstance(weights, str) and weights not in ("pretrained", "none")
+
+
+def name_unknown(weights: str) -> str:
+    """Return what a file of weights is called in records and tables."""
+    return f"{UNKNOWN} ({PurePath(weights).name})"
+
+
 def _describe(backbone: str, weights: str, hparams: Mapping[str, Any], input_shape: tuple[int, ...]) -> str:
-    if weights not in ("pretrained", "none"):
-        return f"{UNKNOWN} ({PurePath(weights).name})"
+    if is_file(weights):
+        return name_unknown(weights)
     if weights == "none" or backbone.startswith("resnet8_w"):
         return ""
     if backbone != "default":
