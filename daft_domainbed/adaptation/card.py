@@ -14,6 +14,7 @@ from daft_domainbed.evaluation.journal import Journal
 def format_card(record: Mapping[str, Any], settings: Mapping[str, Any], journal: Journal) -> str:
     """Return the card of an adaptation: a row a method, and what the figures rest on."""
     n_trials = max(row["n_trials"] for row in record["rows"])
+    orders = "one order" if n_trials == 1 else f"{n_trials} orders, with the standard error over them"
     strong = f"{settings['n_strong']} of {record['strong_ood']}" if settings["n_strong"] else "none"
     rows = []
     for row in record["rows"]:
@@ -29,8 +30,8 @@ def format_card(record: Mapping[str, Any], settings: Mapping[str, Any], journal:
         f"# {record['checkpoint']} on a stream of environment {record['test_env']}",
         "",
         f"{settings['n_weak']} images of the held-out domain, outside images: {strong}. Batches of "
-        f"{record['batch_size']}, {n_trials} orders of the stream, with the standard error over them. Source "
-        f"statistics are of training domains' in-splits, by {settings['source_labels']} labels.",
+        f"{record['batch_size']}, {orders}. Source statistics are of training domains' in-splits, by "
+        f"{settings['source_labels']} labels.",
         "",
         *make_table(["method", "ACC_S", "ACC_N", "ACC_H", "seconds a stream"], rows),
         "In percent. ACC_S: images of known classes that are answered rightly, a rejected one counting as wrong; "

@@ -592,6 +592,18 @@ def test_flags_of_another_question_are_refused(sweep: Sweep, command: str, flags
     assert says in sweep.refuse(command, *flags)
 
 
+def test_adaptations_are_asked_of_a_file_and_orders_of_the_command_line(
+    erm_sweep: Sweep, write_config: Callable[[str], Path]
+) -> None:
+    config = ["--config", str(write_config("n_trials: 7\nstrong_ratio: 0.5\nmethods: [source]\n"))]
+    flags = ["--n_trials", "2", "--command_launcher", "here", "--skip_confirmation"]
+    status, _, lines = erm_sweep("adapt", *config, *flags)
+    assert (status, lines[-1].endswith("--adaptation")) == (0, True), lines
+    records = [json.loads(path.read_text()) for path in erm_sweep.root.glob("*/adaptation/*-noise-0.5/adaptation.json")]
+    assert sorted(record["test_env"] for record in records) == [0, 1, 2]
+    assert all([row["n_trials"] for row in record["rows"]] == [2] for record in records)
+
+
 def test_run_that_is_begun_while_it_is_asked_is_not_deleted(
     sweep: Sweep, motley: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
