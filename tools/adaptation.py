@@ -79,6 +79,7 @@ def measure_streams(root: Path, strong_ood: str, ratio: float) -> Iterator[dict[
 def read_streams(folder: Path) -> dict[str, Any]:
     """Return settings, counts and seconds by stream of an adaptation, and the machine that is asking."""
     first, *lines = map(json.loads, (folder / JOURNAL_FILE).read_text().splitlines())
+    lines = [line for line in lines if "name" in line]
     return {
         "settings": first["settings"],
         "findings": {line["name"]: line["finding"] for line in lines},
