@@ -25,6 +25,7 @@ claim: $(VENV)/run.stamp  ## write docs/results.md and its figures anew from the
 pages: claim  ## the same, and every table in docs/ that follows from the code or from the comparisons
 	$(BIN)/python -m tools.pages write
 	$(BIN)/python -m tools.robustness write
+	$(BIN)/python -m tools.adaptation write
 	$(BIN)/python -m tools.related write
 	$(BIN)/python -m tools.laptop write
 	$(BIN)/python -m tools.whole_way write

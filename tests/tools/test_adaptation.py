@@ -10,6 +10,19 @@ from PIL import Image
 
 from daft_domainbed.adaptation.methods import METHODS
 from tools import adaptation
+from tools.robustness import read_records
+
+
+def test_page_is_what_the_records_say() -> None:
+    page, records = adaptation.PAGE.read_text(encoding="utf-8"), read_records(adaptation.RECORDS)
+    assert adaptation.fill_page(page, records) == page, "make pages"
+    assert {name for _, name, _ in adaptation._TABLE.findall(page)} == set(adaptation.TABLES)
+    assert adaptation.fill_page(page.replace("| owttt |", "| other |"), records) == page
+    streams = [record for record in records if record["kind"] == "streams"]
+    assert all(len(record["findings"]) == 5 * len(METHODS) for record in streams)
+    for kind in {record["settings"]["strong_ood"] for record in streams}:
+        assert sum(record["settings"]["strong_ood"] == kind for record in streams) == 12  # algorithms, held-out styles
+    assert {record["machine"]["commit"] for record in records}.isdisjoint({None, ""})
 
 
 def make_record(right: list[int], strong_ood: str | None) -> dict[str, Any]:
