@@ -56,7 +56,7 @@ class Row:
         setting: In what its runs differ from the algorithm's other rows, in words; None where it has one row.
         source: The only domain that its runs train on; None but of single sources.
         commits: At which its runs were begun, as far as they say so.
-        origins: What their networks start from, where they do not start from nothing.
+        origins: What their networks, and those of their teachers, start from, where that is not nothing.
     """
 
     algorithm: str

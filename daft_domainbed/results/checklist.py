@@ -149,7 +149,7 @@ def _list_notes(sweep: Sweep) -> list[str]:
     for name in ("commit", "torch", "cpu", "gpu"):
         values = sorted({str(machine[name]) for machine in machines if machine.get(name)})
         notes += [f"{name}: {', '.join(values)}"] if values else []
-    origins = dict.fromkeys(f"{run.key.algorithm} starts from {text}" for run in sweep.runs for text in run.origins)
+    origins = dict.fromkeys(f"{run.key.algorithm} rests on {text}" for run in sweep.runs for text in run.origins)
     notes += list(origins)
     notes += [f"{len(sweep.missing)} planned jobs are not done"] if sweep.missing else []
     return notes

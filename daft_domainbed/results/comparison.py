@@ -81,9 +81,7 @@ def correct_family(family: Sequence[Comparison]) -> list[Comparison]:
 def _compare(table: Table, first: str, second: str) -> Comparison:
     entry = compare_trials(table, first, second, collect_trials(table, first), collect_trials(table, second))
     rows = [row for row in table.rows if row.role == "student" and row.name in (first, second)]
-    return replace(
-        entry, origins=list(dict.fromkeys(f"{row.name} starts from {o}" for row in rows for o in row.origins))
-    )
+    return replace(entry, origins=list(dict.fromkeys(f"{row.name} rests on {o}" for row in rows for o in row.origins)))
 
 
 def compare_trials(

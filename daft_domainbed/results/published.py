@@ -61,5 +61,5 @@ def _format(table: Table, row: Row) -> str | None:
     network = f"; yours is {', '.join(networks)}, theirs ResNet-50" if is_other else ""
     return (
         f"{table.dataset}, {row.name}, training-domain validation: yours {yours} (n = {len(seeds)} trials), published "
-        f"{theirs:.1f}: {row.average - theirs:+.1f}{network}{''.join(f'; starts from {text}' for text in row.origins)}"
+        f"{theirs:.1f}: {row.average - theirs:+.1f}{network}{''.join(f'; rests on {text}' for text in row.origins)}"
     )

@@ -180,7 +180,7 @@ def list_origins(runs: Iterable[Run]) -> tuple[str, ...]:
 
 def list_marks(rows: Iterable[Row]) -> list[str]:
     """Return a sentence for each row whose networks do not start from nothing."""
-    return list(dict.fromkeys(f"{row.label}: starts from {origin}." for row in rows for origin in row.origins))
+    return list(dict.fromkeys(f"{row.label}: rests on {origin}." for row in rows for origin in row.origins))
 
 
 def average_domains(found: Mapping[str, Mapping[int, Mapping[Held, float]]], n_envs: int) -> dict[str, Value]:

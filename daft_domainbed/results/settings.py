@@ -12,6 +12,7 @@ from daft_domainbed.arguments import MOVABLE, TrainArgs, get_defaults
 from daft_domainbed.methods import find_method
 from daft_domainbed.results.values import as_dict, as_list, show_name
 
+NOT_GIVEN = "not given"
 Setting = tuple[tuple[str, str], ...]  # names and values, ascending
 
 # Which run of its setting it is, where it lies, and what is kept of it: no setting.
@@ -32,6 +33,7 @@ def read_given(args: Mapping[str, Any], chosen: Mapping[str, Any] | None = None)
     algorithm = str(args.get("algorithm"))
     defaults = get_defaults(TrainArgs)
     given = {name: args.get(name, defaults[name]) for name in defaults if name not in _NO_SETTING}
+    given["host"] = args.get("host", "DomainBed's own loop")  # whose records name none
     hparams = _parse(args.get("hparams"))
     own = as_dict(hparams.pop(algorithm, None))
     slots = {slot.prefix for slot in find_method(algorithm).slots}
@@ -89,11 +91,11 @@ def describe_settings(settings: Iterable[Setting]) -> dict[Setting, str | None]:
     if len(known) == 1:
         return {known[0]: None}
     texts: dict[Setting, str | None] = {
-        setting: ", ".join(f"{name.removeprefix('hparams ')} {dict(setting).get(name, 'not given')}" for name in shown)
+        setting: ", ".join(f"{name.removeprefix('hparams ')} {dict(setting).get(name, NOT_GIVEN)}" for name in shown)
         for setting in known
     }
     if len({*texts.values()}) < len(known):
-        texts = {s: ", ".join(f"{name} {dict(s).get(name, 'not given')}" for name in differing) for s in known}
+        texts = {s: ", ".join(f"{name} {dict(s).get(name, NOT_GIVEN)}" for name in differing) for s in known}
     return texts
 
 
@@ -117,6 +119,6 @@ def _freeze(values: Mapping[str, Any]) -> Setting:
     return tuple(
         sorted(
             (show_name(name), value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str))
-            for name, value in values.items()
+            for name, value in ((name, NOT_GIVEN if value is None else value) for name, value in values.items())
         )
     )

@@ -80,7 +80,7 @@ def _list_remarks(cell: Cell) -> list[str]:
 
 def _list_row_remarks(row: Row) -> list[str]:
     """Return what is to be said of a whole row."""
-    return [f"starts from {text}" for text in row.origins] + _list_commits(row)
+    return [f"rests on {text}" for text in row.origins] + _list_commits(row)
 
 
 def _list_commits(row: Row) -> list[str]:

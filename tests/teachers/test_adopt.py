@@ -219,7 +219,7 @@ def test_a_file_of_weights_is_marked_in_records_and_tables(
     capfd.readouterr()
     assert run_command("collect_results", ["--input_dir", "runs"]) == 0
     out = capfd.readouterr().out
-    assert "ERM, KD, ERM teacher: starts from weights of unknown origin (mine.pt)." in " ".join(out.split())
+    assert "ERM, KD, ERM teacher: rests on weights of unknown origin (mine.pt)." in " ".join(out.split())
     assert run_command("collect_results", ["--input_dir", "runs", "--format", "json"]) == 0
     rows = json.loads(capfd.readouterr().out)["tables"][0]["rows"]
     assert {tuple(row["origins"]) for row in rows} == {("weights of unknown origin (mine.pt)",)}
