@@ -251,7 +251,11 @@ def test_deep_images_keep_their_gray_levels(kind: str, tmp_path: Path) -> None:
     """Each is the same ramp, which comes out as the 8-bit one."""
     values, ending = DEEP[kind]
     values = values.astype(np.int32) if values.dtype == np.float64 else values
-    Image.fromarray(values).save(path := tmp_path / f"x.{ending}")
+    path = tmp_path / f"x.{ending}"
+    if ending == "pgm":  # which the oldest Pillow that is taken reads, and does not write
+        path.write_bytes(b"P5 64 64 65535\n" + values.astype(">u2").tobytes())
+    else:
+        Image.fromarray(values).save(path)
     image = datasets.read_image(str(path), allow_truncated=False)
     assert image.mode == "RGB"
     pixels = np.asarray(image).astype(int)
