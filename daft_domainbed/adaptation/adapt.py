@@ -240,6 +240,7 @@ class _Adaptation:
             print(f"{self.subject.path}: {name}, order {trial}: {finding['notice']}", file=sys.stderr)
         if is_saved:
             self._save(network, saved, name)
+            print(f"saved {saved}, whose features are adapted and whose head is as it was", file=sys.stderr)
         if key not in journal.findings:
             seconds = time.perf_counter() - started
             journal.put(key, finding, seconds, measure_peak_memory(self.subject.model.device), self.machine)

@@ -13,13 +13,16 @@ from daft_domainbed.evaluation.journal import Journal
 
 def format_card(record: Mapping[str, Any], settings: Mapping[str, Any], journal: Journal) -> str:
     """Return the card of an adaptation: a row a method, and what the figures rest on."""
-    n_trials = max(row["n_trials"] for row in record["rows"])
-    orders = "one order" if n_trials == 1 else f"{n_trials} orders, with the standard error over them"
+    counts = sorted({row["n_trials"] for row in record["rows"]})
+    orders = (
+        "one order" if counts == [1] else f"{' to '.join(map(str, counts))} orders, with the standard error over them"
+    )
     strong = f"{settings['n_strong']} of {record['strong_ood']}" if settings["n_strong"] else "none"
     rows = []
     for row in record["rows"]:
         seconds = fmean(journal.seconds[name_stream(row["method"], trial)] for trial in range(row["n_trials"]))
-        rows.append([row["method"], *(_format(row, kind) for kind in ("acc_s", "acc_n", "acc_h")), f"{seconds:.1f}"])
+        numbers = [_format(row, kind) for kind in ("acc_s", "acc_n", "acc_h")]
+        rows.append([row["method"], *numbers, row["n_trials"], f"{seconds:.1f}"])
     found = [
         (row["method"], journal.findings[name_stream(row["method"], trial)]["notice"])
         for row in record["rows"]
@@ -33,7 +36,7 @@ def format_card(record: Mapping[str, Any], settings: Mapping[str, Any], journal:
         f"{record['batch_size']}, {orders}. Source statistics are of training domains' in-splits, by "
         f"{settings['source_labels']} labels.",
         "",
-        *make_table(["method", "ACC_S", "ACC_N", "ACC_H", "seconds a stream"], rows),
+        *make_table(["method", "ACC_S", "ACC_N", "ACC_H", "orders", "seconds a stream"], rows),
         "In percent. ACC_S: images of known classes that are answered rightly, a rejected one counting as wrong; "
         "ACC_N: outside images that are rejected; ACC_H: their harmonic mean.",
         "",

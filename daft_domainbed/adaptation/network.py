@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from daft_domainbed.errors import UsageError
-from daft_domainbed.evaluation.subject import PixelModel
+from daft_domainbed.evaluation.pixel_model import PixelModel
 
 NOT_FINITE = "an update was not finite: it was stopped, the source weights are kept"  # a method's notice
 

@@ -85,6 +85,7 @@ def build_record(
     attacks = [
         row for env in envs for radius in protocol.radii for row in _list_attacks(protocol, findings, env, radius)
     ]
+    asked = {*protocol.asked.parts, *(["ood"] if findings.get_whole("ood") else [])}  # --ood asks beyond the suite
     return {
         **facts,
         "environments": list(envs),
@@ -100,7 +101,7 @@ def build_record(
         "ood": findings.get_whole("ood"),
         "fidelity": findings.get_whole("fidelity"),
         "flags": sanity.find_flags(_gather_signs(protocol, findings)),
-        "skipped": [part for part in PARTS if part not in protocol.asked.parts] + list(protocol.left_out),
+        "skipped": [part for part in PARTS if part not in asked] + list(protocol.left_out),
         "cost": dict(cost),
     }
 

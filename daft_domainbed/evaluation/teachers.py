@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from daft_domainbed.errors import UsageError
-from daft_domainbed.evaluation.subject import PixelModel, Subject, load_algorithm
+from daft_domainbed.evaluation.pixel_model import PixelModel
+from daft_domainbed.evaluation.subject import Subject, load_algorithm
 from daft_domainbed.host.checkpoints import load_checkpoint
 from daft_domainbed.methods import PLAIN
 from daft_domainbed.models.weights import hash_state

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from daft_domainbed.evaluation import confidence, fidelity
 from daft_domainbed.evaluation.outside import Outside
-from daft_domainbed.evaluation.subject import PixelModel, Subject
+from daft_domainbed.evaluation.pixel_model import PixelModel
+from daft_domainbed.evaluation.subject import Subject
 
 Chosen = Mapping[str, list[int]]
 

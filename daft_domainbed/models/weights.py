@@ -54,6 +54,8 @@ def load(path: Path, allowed: Sequence[type] = ()) -> dict[str, Any]:
     Raises:
         UsageError: The file is missing, truncated, damaged, not a checkpoint, or holds anything but tensors and data.
     """
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder: name a checkpoint in it, such as {path / 'model_best.pkl'}")
     if not path.is_file():
         raise UsageError(f"no checkpoint at {path}: check the path")
     verified = io.BytesIO()

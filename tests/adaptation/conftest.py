@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from daft_domainbed.adaptation.network import Network
 from daft_domainbed.adaptation.sources import SourceStatistics
-from daft_domainbed.evaluation.subject import PixelModel
+from daft_domainbed.evaluation.pixel_model import PixelModel
 from daft_domainbed.functional.input_spec import INPUT_SPECS
 
 D, K = 6, 3

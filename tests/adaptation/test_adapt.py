@@ -77,6 +77,13 @@ def test_the_same_command_again_meets_nothing(
     assert meet(methods=["source", "test"]) == once
     assert meet(methods=["test"], n_trials=1)["rows"][0]["n_trials"] == 1
     assert json.loads((tmp_path / "out/adaptation.json").read_text()) == once  # what was met is not forgotten
+    monkeypatch.undo()
+    meet(methods=["test"], n_trials=3)
+    card = (tmp_path / "out/adaptation.md").read_text()
+    assert "2 to 3 orders" in card and [line.split("|")[5].strip() for line in card.splitlines() if "±" in line] == [
+        "2",
+        "3",
+    ]
     with pytest.raises(UsageError, match="an adaptation with batch_size 16, not 8.*--output_dir"):
         meet(batch_size=8)
 
@@ -134,7 +141,7 @@ def test_every_image_is_met_once(teachers: dict[str, Path]) -> None:
 
 
 def test_the_adapted_checkpoint_is_written_beside(
-    teachers: dict[str, Path], tiny: Any, tmp_path: Path, image_folder: Path
+    teachers: dict[str, Path], tiny: Any, tmp_path: Path, image_folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "own" / "model.pkl"
     path.parent.mkdir()
@@ -142,6 +149,9 @@ def test_the_adapted_checkpoint_is_written_beside(
     args = AdaptArgs(str(path), 0, methods=["owttt"], n_trials=1, batch_size=16, save=True, device="cpu")
     record, _ = adapt(args)
     saved = path.with_name("model_owttt_0-noise-1.pkl")
+    assert f"saved {saved}" in capfd.readouterr().err
+    load_subject(saved, "", device=torch.device("cpu"))
+    assert "was adapted to environment 0 by owttt: it has seen that domain" in capfd.readouterr().err
     content = load(saved)
     assert content["adapted"]["method"] == "owttt"
     assert content["args"] == load(path)["args"]

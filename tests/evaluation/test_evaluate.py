@@ -218,6 +218,7 @@ def test_outside_images_of_every_kind(judge: Callable[..., dict[str, Any]], tmp_
         judge(ood=["ColoredDigits"])
     model = judge(folder="second", ood=["noise", "Debug28", f"folder:{image_folder}"])
     assert list(dict.fromkeys(row["set"] for row in model["ood"])) == ["noise", "Debug28", "folder:pictures"]
+    assert "ood" not in model["skipped"]
     for row in model["ood"]:
         assert 0 <= row["auroc"] <= 1
         assert 0 <= row["fpr95"] <= 1
@@ -356,6 +357,7 @@ def test_bad_input_is_one_line(
     cases: list[tuple[list[Any], str]] = [
         ([], "no checkpoint"),
         ([tmp_path / "lost.pkl"], "lost.pkl"),
+        ([erm.parent], "is a folder: name a checkpoint in it, such as"),
         ([erm, kd], "--output_dir"),
         ([erm, "--eps", "high", "--norm", "linf"], "'high'"),
         ([erm, "--eps", "-1", "--norm", "linf"], "above 0"),

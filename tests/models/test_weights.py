@@ -149,7 +149,7 @@ class TestLoading:
         assert_refused(tmp_path / "model.pkl", "no checkpoint at")
 
     def test_a_folder(self, tmp_path: Path) -> None:
-        assert_refused(tmp_path, "no checkpoint at")
+        assert_refused(tmp_path, "is a folder: name a checkpoint in it")
 
     @pytest.mark.parametrize("content", [b"", b"PK", b"no archive", pickle.dumps(CONTENT["args"]), bytes(5000)])
     def test_no_archive(self, tmp_path: Path, content: bytes) -> None:
