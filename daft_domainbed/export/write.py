@@ -81,7 +81,8 @@ def export_model(path: Path, folder: Path, which: str = "chosen") -> Exported:
         except RunError as error:
             (folder / name).unlink(missing_ok=True)
             failures.append(f"{name}: {error}")
-    (folder / CARD_FILE).write_text(format_card(source, exported.checks))
+    # A class may be called by bytes that are no text, and the locale may know no umlaut.
+    (folder / CARD_FILE).write_bytes(format_card(source, exported.checks).encode(errors="backslashreplace"))
     if failures:
         raise RunError(f"{folder}: {'; '.join(failures)}")
     return exported

@@ -90,6 +90,13 @@ def test_card_and_configuration_say_what_it_is(run: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.usefixtures("no_tracing")
+def test_names_that_are_no_text_are_spelt_out(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(write, "format_card", lambda source, checks: "K\udce4tze und Bär\n")
+    export_model(run, tmp_path / "out")
+    assert (tmp_path / "out" / write.CARD_FILE).read_text(encoding="utf-8") == "K\\udce4tze und Bär\n"
+
+
+@pytest.mark.usefixtures("no_tracing")
 def test_folders_of_others_are_left_alone(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "thesis.tex").write_text("")
     assert run_command("export", [str(run), str(tmp_path)]) == 2
