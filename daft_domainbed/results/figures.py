@@ -75,19 +75,17 @@ def _draw_domains(table: Table, students: Sequence[Row]) -> Figure:
     width = 0.8 / len(students)
     for i, row in enumerate(students):
         lots = [*(cell.values for cell in row.cells), [float(np.mean(accs)) for accs in row.list_trials().values()]]
-        for j, values in enumerate(lots):
-            if values:
-                at, height = j + (i - (len(students) - 1) / 2) * width, float(np.mean(values))
-                label = row.label if j == 0 else None
-                error = _get_error(values, height, has_intervals)
-                axis.bar(
-                    at, height, width, yerr=error, color=COLORS[i % len(COLORS)], label=label, error_kw={"lw": 0.8}
-                )
+        known = [j for j, values in enumerate(lots) if values]
+        for j in known:
+            at, height = j + (i - (len(students) - 1) / 2) * width, float(np.mean(lots[j]))
+            label = row.label if j == known[0] else None
+            error = _get_error(lots[j], height, has_intervals)
+            axis.bar(at, height, width, yerr=error, color=COLORS[i % len(COLORS)], label=label, error_kw={"lw": 0.8})
     axis.set_xticks(range(len(lots)), [*table.environments, "average"])
     spread = "95 % bootstrap interval" if has_intervals else "± standard error" if table.n_trials > 1 else "one trial"
     axis.set_ylabel(f"accuracy, percent\n({spread})")
     axis.set_title(f"{table.name}: {SELECTION_WORDS[table.selection].name}", fontsize=8)
-    _add_legend(figure, axis)
+    _add_legend(figure, [axis])
     return figure
 
 
@@ -135,7 +133,7 @@ def _draw_curves(table: Table, students: Sequence[Row]) -> Figure:
                 axis.plot(curve.steps[curve.at], curve.values[curve.at], "o", ms=2.5, color=color)
         axis.set(title=name, xlabel="step")
     axes[0].set_ylabel("accuracy, percent")
-    _add_legend(figure, axes[0])
+    _add_legend(figure, axes)
     return figure
 
 
@@ -184,9 +182,9 @@ def _start(n_panels: int, width: float | None = None, **kwargs: Any) -> tuple[Fi
     return figure, list(np.ravel(figure.subplots(1, n_panels, **kwargs)))
 
 
-def _add_legend(figure: Figure, axis: Any) -> None:
-    """Name an axis's rows below the figure, in as many columns as fit."""
-    handles, labels = axis.get_legend_handles_labels()
+def _add_legend(figure: Figure, axes: Sequence[Any]) -> None:
+    """Name the rows of the first axis that shows any below the figure, in as many columns as fit."""
+    handles, labels = next(found for axis in axes if (found := axis.get_legend_handles_labels())[1])
     columns = max(1, int(figure.get_figwidth() / (0.55 + 0.06 * max(map(len, labels)))))  # inches
     n_lines = -(-len(labels) // columns)
     figure.set_figheight(_HEIGHT + 0.16 * (n_lines - 1))

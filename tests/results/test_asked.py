@@ -15,6 +15,7 @@ from daft_domainbed.results.checklist import build_checklist
 from daft_domainbed.results.comparison import compare
 from daft_domainbed.results.comparison_formats import FORMATS as COMPARISON_FORMATS
 from daft_domainbed.results.draws import list_chosen
+from daft_domainbed.results.figures import write_figures
 from daft_domainbed.results.formats import FORMATS, to_json
 from daft_domainbed.results.report import render
 from daft_domainbed.results.robustness import FORMATS as ROBUSTNESS_FORMATS
@@ -332,6 +333,16 @@ def test_what_another_setting_lacks_is_still_missing(tmp_path):
     assert [(one["test_envs"], one["hparams_seed"], one["reason"]) for one in data["missing"]] == [
         ([env], 1, "not launched") for env in range(2)
     ]
+
+
+def test_figures_name_their_rows_where_the_first_domain_is_not_held_out(tmp_path):
+    pytest.importorskip("matplotlib")
+    sweep = make(tmp_path / "s", ("red", "green", "blue"))
+    for algorithm in ("ERM", "KD"):
+        run(sweep, [2], accs(99, 99, 30), algorithm=algorithm)
+    files = write_figures(build_results(read_sweep(sweep.write_plan(algorithms=["ERM", "KD"]))), tmp_path / "figures")
+    drawn = [file.read_text() for file in files if file.suffix == ".svg"]
+    assert drawn and all("ERM" in svg and "KD" in svg for svg in drawn)
 
 
 def test_weights_of_a_run_before_anybody_said_where_they_are_from(tmp_path):
