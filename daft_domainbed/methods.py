@@ -102,6 +102,7 @@ PLAIN = "ERM"  # the host's own, which ours are mixins over
 COMPARED = ("ERM", "KD", "DAFT")  # what `run` and `sweep` train unless they are told
 
 STUDENT, EVALUATION, ADAPTATION = "student", "evaluation", "adaptation"  # stages that make no teacher
+QUESTIONS = (EVALUATION, ADAPTATION)  # those that train nothing
 
 
 def find_method(algorithm: str) -> Method:

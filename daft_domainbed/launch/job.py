@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from daft_domainbed.arguments import TrainArgs
-from daft_domainbed.methods import ADAPTATION, EVALUATION, STUDENT
+from daft_domainbed.methods import QUESTIONS, STUDENT
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,6 @@ def name_job(job: Job) -> str:
         >>> name_job(Job("aft_teacher", "teachers/AFT-0", TrainArgs(algorithm="AFT")))
         'AFT teacher'
     """
-    if job.stage in (EVALUATION, ADAPTATION):
+    if job.stage in QUESTIONS:
         return f"{job.args.algorithm} {job.stage}"
     return f"{job.args.algorithm} teacher" if job.stage.endswith("_teacher") else job.stage

@@ -15,7 +15,7 @@ from daft_domainbed.host.sizes import measure_network
 from daft_domainbed.launch.job import Job
 from daft_domainbed.launch.kinds import estimate_seconds, name_cause, name_kind
 from daft_domainbed.launch.states import KINDS, State
-from daft_domainbed.methods import ADAPTATION, EVALUATION, STUDENT, find_method
+from daft_domainbed.methods import QUESTIONS, STUDENT, find_method
 from daft_domainbed.runtime.durations import format_duration
 from daft_domainbed.runtime.layout import DONE_FILE
 from daft_domainbed.runtime.sizes import compare_sizes
@@ -105,7 +105,7 @@ def format_disk(root: Path, jobs: Sequence[Job], states: Mapping[str, State]) ->
         if known := done[kind]:
             expected[kind] = sum(known) / len(known)
         else:
-            weights = 0 if job.args.skip_model_save or job.stage in (EVALUATION, ADAPTATION) else _count_weights(job)
+            weights = 0 if job.args.skip_model_save or job.stage in QUESTIONS else _count_weights(job)
             # Two checkpoints, model.pkl and model_best.pkl, of four bytes a weight.
             expected[kind] = math.nan if weights is None else 8.0 * weights
     used = sum(sizes.values())

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from daft_domainbed.methods import ADAPTATION, EVALUATION, METHODS, STUDENT
+from daft_domainbed.methods import METHODS, QUESTIONS, STUDENT
 from daft_domainbed.results.asked import LEAVE_OUT, SINGLE_SOURCE
 from daft_domainbed.results.records import Note, RunKey
 from daft_domainbed.results.settings import Setting, read_given
@@ -110,7 +110,7 @@ def read_plan(root: Path, notes: list[Note]) -> Plan | None:
         plan = json.loads(path.read_bytes())
         entries = [as_dict(entry) for entry in plan["jobs"]]
         args = as_dict(plan.get("args"))
-        runs = [_read_planned_run(entry, args) for entry in entries if entry["stage"] not in (EVALUATION, ADAPTATION)]
+        runs = [_read_planned_run(entry, args) for entry in entries if entry["stage"] not in QUESTIONS]
         known = {run.args["dataset"]: run.key.dataset for run in runs}
         environments = as_dict(plan.get("environments"))
         named = {known.get(name, name): show_names(envs) for name, envs in environments.items() if are_names(envs)}
