@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from daft_domainbed.results.asked import LEAVE_OUT
 from daft_domainbed.results.lineage import TracedTeacher
 from daft_domainbed.results.records import Run
 from daft_domainbed.results.selection import Choice
+from daft_domainbed.results.settings import name_row
 from daft_domainbed.results.statistics import mean, standard_error
 
 
@@ -70,7 +71,7 @@ class Row:
     @property
     def name(self) -> str:
         """The algorithm, with what tells its rows apart."""
-        return f"{self.algorithm} ({self.setting})" if self.setting else self.algorithm
+        return name_row(self.algorithm, self.setting)
 
     @property
     def label(self) -> str:
@@ -81,6 +82,16 @@ class Row:
     def origin(self) -> str:
         """The source in words."""
         return f" from {self.source}" if self.source is not None else ""
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the json of a table has of it beside its cells."""
+        return {
+            "algorithm": self.algorithm,
+            "role": self.role,
+            **({"setting": self.setting} if self.setting else {}),
+            **({"source": self.source} if self.source is not None else {}),
+            **({"origins": list(self.origins)} if self.origins else {}),
+        }
 
     def is_of(self, algorithm: str, role: str, setting: str | None) -> bool:
         """Return whether it is one of an algorithm's rows, from whatever source."""

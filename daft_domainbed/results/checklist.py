@@ -14,7 +14,7 @@ from daft_domainbed.results.draws import list_chosen, list_varying
 from daft_domainbed.results.grids import Grid, to_csv, to_markdown, to_text, to_wrapped_latex
 from daft_domainbed.results.plans import order_algorithms
 from daft_domainbed.results.records import Run
-from daft_domainbed.results.settings import describe_settings
+from daft_domainbed.results.settings import describe_settings, name_row
 from daft_domainbed.results.sweeps import Sweep
 from daft_domainbed.results.tables import Results
 from daft_domainbed.results.typesetting import NOTHING
@@ -88,7 +88,7 @@ def _describe(sweep: Sweep, table: Table, *, has_teachers: bool) -> Iterator[Ent
     for name in order_algorithms(sweep.plan, (run.key.algorithm for run in students)):
         own = [run for run in students if run.key.algorithm == name]
         for setting, text in describe_settings(run.setting for run in own).items():
-            label = f"{name} ({text})" if text else name
+            label = name_row(name, text)
             runs = [run for run in own if run.setting == setting]
             yield _describe_runs(table, label, "student", runs, sweep, len(collect_trials(table, label)))
     teachers = [run for run in sweep.teachers.values() if has_teachers and run.key.dataset == table.dataset]

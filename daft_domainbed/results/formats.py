@@ -61,10 +61,7 @@ def _average_to_json(table: Table) -> dict[str, Any]:
     """Return means over sources, of single sources only: they stand in no row."""
     rows = [
         {
-            "algorithm": row.algorithm,
-            "role": row.role,
-            **({"setting": row.setting} if row.setting else {}),
-            **({"origins": list(row.origins)} if row.origins else {}),
+            **row.describe(),
             "cells": [{"env": cell.env, "mean": cell.mean, "n": len(cell.values)} for cell in row.cells],
             "average": row.average,
         }
@@ -85,11 +82,7 @@ def _row_to_json(row: Row) -> dict[str, Any]:
         for cell in row.cells
     ]
     return {
-        "algorithm": row.algorithm,
-        "role": row.role,
-        **({"setting": row.setting} if row.setting else {}),
-        **({"source": row.source} if row.source is not None else {}),
-        **({"origins": list(row.origins)} if row.origins else {}),
+        **row.describe(),
         "cells": cells,
         "average": row.average,
         "average_stderr": row.average_stderr,

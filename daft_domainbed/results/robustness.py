@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -11,11 +9,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from daft_domainbed.results.asked import LEAVE_OUT, Held
+from daft_domainbed.results.grids import to_csv
 from daft_domainbed.results.lineage import rank_student, trace_teachers
 from daft_domainbed.results.plans import order_algorithms
 from daft_domainbed.results.records import Note, Run
 from daft_domainbed.results.selection import Choice, choose, group_runs
-from daft_domainbed.results.settings import Setting, describe_settings
+from daft_domainbed.results.settings import Setting, describe_settings, name_row
 from daft_domainbed.results.statistics import mean, standard_error
 from daft_domainbed.results.sweeps import Sweep
 from daft_domainbed.results.values import as_dict, as_list, is_number
@@ -64,7 +63,7 @@ class Row:
     @property
     def label(self) -> str:
         """What a reader calls it: its name, with what tells it from other rows of the algorithm."""
-        name = f"{self.algorithm} ({self.setting})" if self.setting else self.algorithm
+        name = name_row(self.algorithm, self.setting)
         return name if self.role == "student" else f"{name} {self.role}"
 
     def describe(self) -> dict[str, Any]:
@@ -298,16 +297,13 @@ def _to_markdown(tables: Sequence[RobustnessTable]) -> str:
 
 
 def _to_csv(tables: Sequence[RobustnessTable]) -> str:
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["dataset", "algorithm", "role", "column", "mean", "stderr", "n", "setting", "kind", "origins"])
+    head = ["dataset", "algorithm", "role", "column", "mean", "stderr", "n", "setting", "kind", "origins"]
+    rows = []
     for table in tables:
         for row in table.rows:
             start, end = [table.dataset, row.algorithm, row.role], [row.setting, table.kind, "; ".join(row.origins)]
-            for name, value in row.values.items():
-                error = "" if value.stderr is None else value.stderr
-                writer.writerow([*start, name, value.mean, error, len(value.numbers), *end])
-    return file.getvalue()
+            rows += [[*start, name, *value.describe().values(), *end] for name, value in row.values.items()]
+    return to_csv(head, rows)
 
 
 FORMATS: dict[str, Callable[[Sequence[RobustnessTable]], str]] = {

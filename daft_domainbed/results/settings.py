@@ -60,6 +60,16 @@ def is_given(setting: Setting, given: Setting) -> bool:
     return setting[: len(given)] == given
 
 
+def name_row(algorithm: str, setting: str | None) -> str:
+    """Return what a row is called: its algorithm, with what tells its rows apart.
+
+    Example:
+        >>> name_row("KD", "lr 0.1"), name_row("KD", None)
+        ('KD (lr 0.1)', 'KD')
+    """
+    return f"{algorithm} ({setting})" if setting else algorithm
+
+
 def read_networks(hparams: Mapping[str, Any], teachers: Mapping[str, Any]) -> Setting:
     """Return what networks a run has: its own, and those of its teachers, as far as they are recorded.
 

@@ -22,7 +22,7 @@ from daft_domainbed.results.lineage import TracedTeacher, rank_student, trace_te
 from daft_domainbed.results.missing import Missing, cut_sweep_path
 from daft_domainbed.results.plans import order_algorithms
 from daft_domainbed.results.records import Run, read_origins
-from daft_domainbed.results.selection import SELECTIONS, Choice, choose, group_runs
+from daft_domainbed.results.selection import SELECTIONS, Choice, Group, choose, group_runs
 from daft_domainbed.results.settings import Setting, describe_settings, is_given, read_networks
 from daft_domainbed.results.sweeps import Sweep
 from daft_domainbed.results.values import as_list
@@ -40,21 +40,25 @@ def build_results(sweep: Sweep) -> Results:
     """Tabulate what each selection chooses; data sets are in the order the sweep was asked for, else by alphabet."""
     asked = as_list(sweep.plan.args.get("datasets")) if sweep.plan else []
     ordered = sorted(sweep.asked, key=lambda key: (asked.index(key[0]) if key[0] in asked else len(asked), *key))
-    return Results(sweep, [table for key in ordered for table in _DatasetTables(sweep, *key).build()])
+    groups: dict[tuple[str, str], Groups] = {key: {} for key in ordered}
+    for group, runs in group_runs(sweep).items():
+        groups[group.dataset, group.kind][group] = runs
+    return Results(sweep, [table for key in ordered for table in _DatasetTables(sweep, *key, groups[key]).build()])
 
 
+Groups = dict[Group, list[Run]]
 _ALONE: dict[Setting, str | None] = {(): None}
 Place = tuple[int | None, int]  # source and held-out domain
 Choices = Mapping[tuple[str, Setting, Place, int], Choice]  # by algorithm, setting, place and trial
-# Chosen students with each teacher behind them, by place and trial, in the order of the students' rows.
-Behind = dict[tuple[Place, int], list[tuple[Choice, TracedTeacher]]]
+# Chosen students with each teacher behind them and its network, by place and trial, in the order of the students' rows.
+Behind = dict[tuple[Place, int], list[tuple[Choice, TracedTeacher, Setting]]]
 
 
 class _DatasetTables:
     """Builds the tables of one data set and kind."""
 
-    def __init__(self, sweep: Sweep, dataset: str, kind: str) -> None:
-        self.sweep, self.dataset, self.kind = sweep, dataset, kind
+    def __init__(self, sweep: Sweep, dataset: str, kind: str, groups: Groups) -> None:
+        self.sweep, self.dataset, self.kind, self.groups = sweep, dataset, kind, groups
         self.names = sweep.environments[dataset]
         self.asked = sweep.asked[dataset, kind]
         planned = [run for run in sweep.plan.runs.values() if run.key.dataset == dataset] if sweep.plan else []
@@ -65,20 +69,16 @@ class _DatasetTables:
         self.planned_teachers = {run.key.algorithm for run in planned if run.is_teacher}
         self.trials = sorted({key.trial_seed for key in keys})
         self.missing = [m for m in sweep.missing if (m.planned.key.dataset, m.planned.kind) == (dataset, kind)]
-        self.groups = {
-            group: found for group, found in group_runs(sweep).items() if (group.dataset, group.kind) == (dataset, kind)
-        }
         self.settings = {name: self._describe_settings(name, runs) for name in self.algorithms}
 
     def _describe_settings(self, algorithm: str, runs: Sequence[Run]) -> dict[Setting, str | None]:
         """Return the settings of an algorithm's rows; what is not done joins the first row that was given the same."""
         found = [run.setting for run in runs if run.key.algorithm == algorithm]
-        open_ones = [m.planned.given for m in self.missing if not m.planned.is_teacher]
-        names = [m.planned.key.algorithm for m in self.missing if not m.planned.is_teacher]
         lone = [
-            given
-            for given, name in zip(open_ones, names, strict=True)
-            if name == algorithm and not any(is_given(setting, given) for setting in found)
+            planned.given
+            for planned, _ in self.missing
+            if (planned.is_teacher, planned.key.algorithm) == (False, algorithm)
+            and not any(is_given(setting, planned.given) for setting in found)
         ]
         return describe_settings([*found, *lone])
 
@@ -144,12 +144,12 @@ class _DatasetTables:
         """Build the rows of all teachers that are planned, or stand behind a chosen student."""
         behind: Behind = {}
         for (_, _, place, trial), choice in sorted(choices.items(), key=lambda item: self._rank(item[0])):
-            teachers = trace_teachers(self.sweep, choice.run)
-            behind.setdefault((place, trial), []).extend((choice, teacher) for teacher in teachers)
+            for teacher in trace_teachers(self.sweep, choice.run):
+                behind.setdefault((place, trial), []).append((choice, teacher, _get_networks(teacher)))
         networks: dict[str, list[Setting]] = {name: [] for name in self.planned_teachers}
-        for pairs in behind.values():
-            for _, teacher in pairs:
-                networks.setdefault(teacher.algorithm, []).append(get_networks(teacher))
+        for found in behind.values():
+            for _, teacher, network in found:
+                networks.setdefault(teacher.algorithm, []).append(network)
         return [
             self._build_teacher(name, setting, text, source, behind)
             for name in order_algorithms(None, networks)
@@ -169,8 +169,8 @@ class _DatasetTables:
             own = {
                 trial: [
                     (choice, teacher)
-                    for choice, teacher in behind.get(((source, env), trial), [])
-                    if teacher.algorithm == algorithm and get_networks(teacher) == setting
+                    for choice, teacher, network in behind.get(((source, env), trial), [])
+                    if (teacher.algorithm, network) == (algorithm, setting)
                 ]
                 for trial in self.trials
             }
@@ -212,7 +212,7 @@ def list_origins(number: Number) -> list[str]:
     return read_origins(number.teacher.recorded) if number.teacher else number.choice.run.origins
 
 
-def get_networks(teacher: TracedTeacher) -> Setting:
+def _get_networks(teacher: TracedTeacher) -> Setting:
     """Return which network a teacher has, as far as it is known."""
     run = teacher.run
     return read_networks(run.hparams, {}) if run else ()
