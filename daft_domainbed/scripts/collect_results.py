@@ -35,13 +35,7 @@ if TYPE_CHECKING:
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of `collect_results`."""
     parser = ArgumentParser(prog="daft-domainbed collect_results", doc=__doc__)
-    parser.add_argument(
-        "--input_dir",
-        type=Path,
-        nargs="+",
-        required=True,
-        help="folders of sweeps (DomainBed's too) or of runs; several are read as one, what is in two of them once",
-    )
+    add_input_flag(parser)
     formats = ["text", "markdown", "latex", "csv", "json"]
     parser.add_argument("--format", choices=formats, default="text", help="default: text")
     parser.add_argument(
@@ -74,6 +68,17 @@ def build_parser() -> argparse.ArgumentParser:
         "--published", action="store_true", help="instead: ERM beside DomainBed's published accuracy, a line a data set"
     )
     return parser
+
+
+def add_input_flag(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that says which results are read."""
+    parser.add_argument(
+        "--input_dir",
+        type=Path,
+        nargs="+",
+        required=True,
+        help="folders of sweeps (DomainBed's too) or of runs; several are read as one, what is in two of them once",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,18 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from daft_domainbed.cli import ArgumentParser, run_command
+from daft_domainbed.scripts.collect_results import add_input_flag
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of `report`."""
     parser = ArgumentParser(prog="daft-domainbed report", doc=__doc__)
-    parser.add_argument(
-        "--input_dir",
-        type=Path,
-        nargs="+",
-        required=True,
-        help="folders of sweeps (DomainBed's too) or of runs; several are read as one, what is in two of them once",
-    )
+    add_input_flag(parser)
     parser.add_argument("--output", type=Path, help="the file to write; default: report.html in the first --input_dir")
     return parser
 
