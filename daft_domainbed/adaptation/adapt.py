@@ -25,7 +25,7 @@ from daft_domainbed.adaptation.sources import LABELS, SourceStatistics, measure_
 from daft_domainbed.adaptation.stream import Stream, make_stream
 from daft_domainbed.adaptation.threshold import AdaptiveThreshold
 from daft_domainbed.errors import UsageError
-from daft_domainbed.evaluation.journal import Journal
+from daft_domainbed.evaluation.journal import Journal, open_journal
 from daft_domainbed.evaluation.outside import find_outside, name_outside
 from daft_domainbed.evaluation.progress import Progress
 from daft_domainbed.evaluation.subject import Subject, load_subject
@@ -33,7 +33,6 @@ from daft_domainbed.models.weights import load, save
 from daft_domainbed.runtime import stopping
 from daft_domainbed.runtime.files import write_text
 from daft_domainbed.runtime.layout import ADAPTATION_FILE, ADAPTATION_FOLDER, DONE_FILE
-from daft_domainbed.runtime.locks import acquire
 from daft_domainbed.runtime.machine import describe_machine, find_device, measure_peak_memory
 from daft_domainbed.runtime.randomness import preserve_states
 
@@ -181,11 +180,7 @@ class _Adaptation:
     def execute(self) -> tuple[dict[str, Any], str]:
         """Meet the streams that were not met, and return json and card."""
         args = self.args
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError) as error:
-            raise UsageError(f"--output_dir {self.folder} is a file, not a folder: choose another") from error
-        with acquire(self.folder, wait=False), Journal(self.folder, self.settings, "an adaptation") as journal:
+        with open_journal(self.folder, self.settings, "an adaptation") as journal:
             asked = [(name, trial) for name in args.methods for trial in range(args.n_trials)]
             progress = Progress(
                 [(name, 1) for name, trial in asked if name_stream(name, trial) not in journal.findings]

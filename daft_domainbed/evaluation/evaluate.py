@@ -22,7 +22,7 @@ from daft_domainbed.errors import RunError, UsageError
 from daft_domainbed.evaluation import whole
 from daft_domainbed.evaluation.autoattack import check_autoattack
 from daft_domainbed.evaluation.card import format_card
-from daft_domainbed.evaluation.journal import Journal
+from daft_domainbed.evaluation.journal import open_journal
 from daft_domainbed.evaluation.memory import is_out_of_memory
 from daft_domainbed.evaluation.outside import Outside, find_outside
 from daft_domainbed.evaluation.progress import Progress
@@ -35,7 +35,6 @@ from daft_domainbed.functional.attacks import Norm
 from daft_domainbed.runtime import stopping
 from daft_domainbed.runtime.files import write_text
 from daft_domainbed.runtime.layout import DONE_FILE, EVALUATION_FILE, EVALUATION_FOLDER
-from daft_domainbed.runtime.locks import acquire
 from daft_domainbed.runtime.machine import describe_machine, find_device, measure_peak_memory
 from daft_domainbed.runtime.randomness import preserve_states
 
@@ -180,11 +179,7 @@ class _Evaluation:
 
     def execute(self) -> dict[str, Any]:
         """Ask what has not been answered, and return the json."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError) as error:
-            raise UsageError(f"--output_dir {self.folder} is a file, not a folder: choose another") from error
-        with acquire(self.folder, wait=False), Journal(self.folder, self.settings) as journal:
+        with open_journal(self.folder, self.settings) as journal:
             write_text(self.folder / EXAMPLES_FILE, json.dumps(self.chosen) + "\n")
             self.journal = journal
             self._ask_batches()

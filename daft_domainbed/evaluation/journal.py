@@ -4,12 +4,29 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from daft_domainbed.errors import UsageError
 from daft_domainbed.runtime.layout import JOURNAL_FILE
+from daft_domainbed.runtime.locks import acquire
+
+
+@contextmanager
+def open_journal(folder: Path, settings: Mapping[str, Any], what: str = "an evaluation") -> Iterator[Journal]:
+    """Make a folder where there is none, claim it, and open its journal.
+
+    Raises:
+        UsageError: It is a file, or `Journal` refuses it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UsageError(f"--output_dir {folder} is a file, not a folder: choose another") from error
+    with acquire(folder, wait=False), Journal(folder, settings, what) as journal:
+        yield journal
 
 
 class Journal:

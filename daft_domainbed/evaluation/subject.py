@@ -21,7 +21,7 @@ from daft_domainbed.evaluation.pixel_model import PixelModel
 from daft_domainbed.host.checkpoints import load_checkpoint
 from daft_domainbed.host.contract import Host, describe_dataset, find_host
 from daft_domainbed.methods import PLAIN
-from daft_domainbed.models.weights import hash_state
+from daft_domainbed.models.weights import find_non_finite, hash_state
 from daft_domainbed.plugin.registration import register
 from daft_domainbed.runtime.layout import PROVENANCE_FILE
 from daft_domainbed.runtime.randomness import preserve_states, seed_everything
@@ -213,9 +213,8 @@ def load_algorithm(content: Mapping[str, Any], path: Path, host: Host) -> Any:
         {"backbone_frozen": False} if "backbone" in content["model_hparams"] else {}
     )
     algorithm = rebuild_model({**content, "model_hparams": hparams}, path, host)
-    for key, value in algorithm.state_dict().items():
-        if not torch.isfinite(value.double()).all():
-            raise UsageError(f"{path}: the weights {key} are not finite: its training diverged, train it again")
+    if bad := find_non_finite(algorithm.state_dict()):
+        raise UsageError(f"{path}: the weights {bad} are not finite: its training diverged, train it again")
     return algorithm
 
 
