@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import statistics
 import tempfile
 import time
@@ -48,13 +47,14 @@ from daft_domainbed.methods import COMPARED
 from daft_domainbed.results.statistics import mean, standard_error
 from daft_domainbed.runtime.layout import JOURNAL_FILE
 from daft_domainbed.runtime.machine import describe_machine, measure_peak_memory
-from tools.robustness import add_records, format_table, read_records
+from tools.archives import add_records, read_records
+from tools.marked_tables import fill_tables
+from tools.robustness import format_table
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "sweeps" / "demo" / "adaptation.jsonl.xz"
 PAGE = ROOT / "docs" / "adaptation.md"
 RATES, RATE_ORDERS, COST_ORDERS = (0.0, 1e-5, 1e-4, 1e-3, 1e-2), 2, 5
-_TABLE = re.compile(r"(<!-- table (\w+): python -m tools\.adaptation write -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
 def list_students(root: Path, asked: Mapping[str, Any]) -> list[EvaluationJob]:
@@ -234,7 +234,7 @@ TABLES: dict[str, Callable[[Sequence[Mapping[str, Any]]], str]] = {
 
 def fill_page(text: str, records: Sequence[Mapping[str, Any]]) -> str:
     """Return the page with its tables made anew."""
-    return _TABLE.sub(lambda found: f"{found[1]}\n{TABLES[found[2]](records)}\n{found[3]}", text)
+    return fill_tables(text, "adaptation", lambda name: TABLES[name](records))
 
 
 def main() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
 import lzma
 import tarfile
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def write_archive(contents: Mapping[str, bytes], archive: Path) -> None:
@@ -30,3 +32,18 @@ def open_archive(archive: Path) -> Iterator[Path]:
         with tarfile.open(archive) as tar:
             tar.extractall(folder, filter="data")
         yield Path(folder)
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a file of lines of JSON (`.jsonl.xz`); none where there is no file."""
+    if not path.is_file():
+        return []
+    with lzma.open(path, "rt") as file:
+        return [json.loads(line) for line in file]
+
+
+def add_records(records: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write records after those that are there."""
+    everything = [*read_records(path), *records]
+    with lzma.open(path, "wt") as file:
+        file.writelines(json.dumps(record) + "\n" for record in everything)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import resource
 import subprocess
 import sys
@@ -32,6 +31,8 @@ from daft_domainbed.runtime.layout import TEACHERS_FOLDER, read_first_record, re
 from daft_domainbed.runtime.machine import find_commit
 from daft_domainbed.scripts.sweep import read_config
 from tools.archives import open_archive
+from tools.marked_tables import fill_tables
+from tools.study import make_table
 from tools.trials import COSTS, read_cache
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,7 +42,6 @@ TIMES, STEP = STUDY / "times.jsonl", STUDY / "step.json"
 PAGE = ROOT / "docs" / "pretrained_students.md"
 # Plain and averaged weights, means over the held-out styles of trials 100 and 101: issue "Evidence II" has them.
 PILOT = {"ERM": (62.6, 65.2), "KD": (64.3, 66.8), "DAFT": (65.6, 67.0)}
-_TABLE = re.compile(r"(<!-- table (\w+): python -m tools\.laptop write -->\n).*?(?=<!-- end of table -->)", re.DOTALL)
 
 
 def measure_times(runs: Path, env: int) -> None:
@@ -92,7 +92,7 @@ def show_times(times: Sequence[dict[str, Any]]) -> str:
         f"machine meanwhile {min(loads):.1f} to {max(loads):.1f} on {os.cpu_count()} cores, so that processor seconds "
         f"are told, the start of each process included."
     )
-    return f"{_make_table(['job', 'steps', 'processor seconds', 'adds to the cache, MB'], rows)}\n\n{proof}"
+    return f"{make_table(['job', 'steps', 'processor seconds', 'adds to the cache, MB'], rows)}\n\n{proof}"
 
 
 def show_cache(costs: dict[str, Any]) -> str:
@@ -145,17 +145,12 @@ def show_accuracies(root: Path) -> str:
         "timm's networks, weights of the extra; the pilot's are means of its two trials."
     )
     header = ["", *plain.environments, "average", "pilot"]
-    return f"{_make_table(header, rows)}\n\n{proof}"
+    return f"{make_table(header, rows)}\n\n{proof}"
 
 
 def _read_table(root: Path, weights: str) -> Table:
     tables = build_results(read_sweep(root, weights)).tables
     return next(table for table in tables if table.selection == "training-domain")
-
-
-def _make_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
 
 
 def fill_page(text: str) -> str:
@@ -169,7 +164,7 @@ def fill_page(text: str) -> str:
             "times": f"{show_times(times)}\n\n{cache}\n\n{step}",
             "accuracies": show_accuracies(folder / "sweep"),
         }
-    return _TABLE.sub(lambda match: f"{match[1]}\n{tables[match[2]]}\n\n", text)
+    return fill_tables(text, "laptop", tables.__getitem__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,10 +18,10 @@ from daft_domainbed.hparams import Hparam
 from daft_domainbed.methods import METHODS
 from daft_domainbed.plugin.defaults import get_known_hparams, list_hparams
 from daft_domainbed.plugin.registration import register
+from tools.marked_tables import fill_tables
 
 PAGE = Path(__file__).parents[1] / "docs" / "hyperparameters.md"
 SMALL, LARGE = "EmojiStyles", "PACS"  # whose defaults the table shows: 32 and 224 pixels
-_TABLE = re.compile(r"(?<=<!-- table: python -m tools\.pages write -->\n).*?(?=<!-- end of table -->)", re.DOTALL)
 
 
 def make_table(host: Host) -> str:
@@ -69,7 +68,7 @@ def fill_page(text: str) -> str:
     """Return the page of hyperparameters with its table made anew."""
     host = find_host()
     register(host)
-    return _TABLE.sub(lambda _: f"\n{make_table(host)}\n", text)
+    return fill_tables(text, "pages", lambda _: make_table(host))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

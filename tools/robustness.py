@@ -5,15 +5,14 @@
     python -m tools.robustness time runs/EmojiStyles/*/model.pkl --n_examples 32
     python -m tools.robustness write
 
-The first three add to the records, `write` makes the tables from them.
+The first three add to the records, `write` makes the tables from them. A record has a `kind`: an evaluation has a
+`role` and the `model`'s json, a ratio a `ratio`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import lzma
-import re
 import statistics
 import time
 from collections import defaultdict
@@ -31,13 +30,14 @@ from daft_domainbed.evaluation.suites import get_eps, get_grid
 from daft_domainbed.functional.attacks import Norm
 from daft_domainbed.results.robustness import format_radius, list_numbers
 from daft_domainbed.runtime.machine import describe_machine
+from tools.archives import add_records, read_records
+from tools.marked_tables import fill_tables
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "sweeps" / "demo" / "robustness.jsonl.xz"
 PAGE = ROOT / "docs" / "robustness.md"
 STEPS, RESTARTS, ROUNDS = 20, 3, 3
 SHOWN = [k / 255 for k in (0, 0.5, 1, 2, 4, 8, 16)]  # radii of the table of curves
-_TABLE = re.compile(r"(<!-- table (\w+): python -m tools\.robustness write -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
 def run_plain(
@@ -109,24 +109,6 @@ def measure_ratio(path: Path, n: int) -> Iterator[dict[str, Any]]:
         facts = {"algorithm": subject.algorithm, "dataset": subject.dataset, "host": subject.host.name}
         found = {"norm": norm, "n": len(y), "rounds": ROUNDS, "seconds": seconds, "left": left}
         yield facts | found | {"machine": describe_machine(device, "fp32")}
-
-
-# --- records -----------------------------------------------------------------------------------------------------
-
-
-def read_records(path: Path = RECORDS) -> list[dict[str, Any]]:
-    """Return all records, each of a `kind`: an evaluation has a `role` and the `model`'s json, a ratio a `ratio`."""
-    if not path.is_file():
-        return []
-    with lzma.open(path, "rt") as file:
-        return [json.loads(line) for line in file]
-
-
-def add_records(records: Sequence[Mapping[str, Any]], path: Path = RECORDS) -> None:
-    """Write records after those that are there."""
-    everything = [*read_records(path), *records]
-    with lzma.open(path, "wt") as file:
-        file.writelines(json.dumps(record) + "\n" for record in everything)
 
 
 # --- tables ------------------------------------------------------------------------------------------------------
@@ -213,7 +195,7 @@ TABLES: dict[str, Callable[[Sequence[Mapping[str, Any]]], str]] = {
 
 def fill_page(text: str, records: Sequence[Mapping[str, Any]]) -> str:
     """Return the page with its tables made anew."""
-    return _TABLE.sub(lambda found: f"{found[1]}\n{TABLES[found[2]](records)}\n{found[3]}", text)
+    return fill_tables(text, "robustness", lambda name: TABLES[name](records))
 
 
 def main() -> None:
@@ -230,12 +212,12 @@ def main() -> None:
     args = parser.parse_args()
     if args.command == "pack":
         models = [json.loads(path.read_text()) for path in args.paths]
-        add_records([{"kind": "evaluation", "role": args.role, "model": model} for model in models])
+        add_records([{"kind": "evaluation", "role": args.role, "model": model} for model in models], RECORDS)
     elif args.command == "time":
         for path in args.paths:
-            add_records([{"kind": "ratio", "ratio": ratio} for ratio in measure_ratio(path, args.n_examples)])
+            add_records([{"kind": "ratio", "ratio": ratio} for ratio in measure_ratio(path, args.n_examples)], RECORDS)
     else:
-        PAGE.write_text(fill_page(PAGE.read_text(encoding="utf-8"), read_records()), encoding="utf-8")
+        PAGE.write_text(fill_page(PAGE.read_text(encoding="utf-8"), read_records(RECORDS)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -65,6 +66,13 @@ def make_images(t: int) -> Tensor:
     x = wave(8, 3, 6, 6, phase=0.9 * t)
     x[5:] = 4.0 * torch.cos(torch.arange(3 * 3 * 6 * 6) * (0.05 + 0.02 * t)).reshape(3, 3, 6, 6)
     return x
+
+
+def check_stopped(network: Network, method: Any) -> None:
+    """Assert that a method has said that an update was not finite, and that the source weights are back."""
+    assert "not finite" in method.notice
+    for name, value in network.model.algorithm.state_dict().items():
+        assert torch.equal(value, network.source[name])
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from daft_domainbed.adaptation.owttt import Owttt, Pool, Settings, choose_sure
 from daft_domainbed.adaptation.prototypes import NearestPrototype
 from daft_domainbed.adaptation.sources import SourceStatistics
 from daft_domainbed.adaptation.threshold import AdaptiveThreshold
-from tests.adaptation.conftest import D, K, make_images, make_network, wave
+from tests.adaptation.conftest import D, K, check_stopped, make_images, make_network, wave
 
 # Yushu-Li/OWTTT at 2e1a8ac, cifar/OURS.py: its loop as it stands, from `weak_prototype = ...` on, with 2048 replaced by
 # the dimension, on the four batches of `make_images`; lr 0.0003, da_scale 1, ce_scale 0.2, delta 0.1.
@@ -202,9 +202,7 @@ def test_an_update_that_is_not_finite_is_stopped(source: SourceStatistics) -> No
     method = Owttt(network, source)
     method.answer(make_images(0))
     method.answer(make_images(1) * math.nan)
-    assert "not finite" in method.notice
-    for name, value in network.model.algorithm.state_dict().items():
-        assert torch.equal(value, network.source[name])
+    check_stopped(network, method)
     before = {name: value.clone() for name, value in network.source.items()}
     method.answer(make_images(2))
     assert all(torch.equal(value, before[name]) for name, value in network.model.algorithm.state_dict().items())
@@ -214,9 +212,7 @@ def test_a_step_after_which_nothing_is_finite_is_stopped(source: SourceStatistic
     network = make_network()
     method = Owttt(network, source, Settings(lr=1e30))  # the weights are finite, no longer the features
     found = method.answer(make_images(0))
-    assert "not finite" in method.notice
-    for name, value in network.model.algorithm.state_dict().items():
-        assert torch.equal(value, network.source[name])
+    check_stopped(network, method)
     wanted = NearestPrototype(make_network(), source).answer(make_images(0))
     assert all(map(torch.equal, found, wanted))
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tools import robustness
+from tools import archives, robustness
 
 
 def test_page_is_what_the_records_say() -> None:
-    page, records = robustness.PAGE.read_text(encoding="utf-8"), robustness.read_records()
+    page, records = robustness.PAGE.read_text(encoding="utf-8"), archives.read_records(robustness.RECORDS)
     assert robustness.fill_page(page, records) == page, "make pages"
     assert len(records) > 20
     assert robustness.fill_page(page.replace("| 4 |", "| 5 |"), records) == page
@@ -16,10 +16,10 @@ def test_page_is_what_the_records_say() -> None:
 
 def test_records_are_added_to(tmp_path: Path) -> None:
     path = tmp_path / "records.jsonl.xz"
-    assert robustness.read_records(path) == []
+    assert archives.read_records(path) == []
     for number in (1, 2):
-        robustness.add_records([{"kind": "other", "number": number}], path)
-    assert [record["number"] for record in robustness.read_records(path)] == [1, 2]
+        archives.add_records([{"kind": "other", "number": number}], path)
+    assert [record["number"] for record in archives.read_records(path)] == [1, 2]
 
 
 def test_rows_are_means_over_models() -> None:
