@@ -5,9 +5,9 @@ BIN := $(VENV)/bin
 # Further flags for the main job, e.g. make demo ARGS="--n_trials 3".
 ARGS ?=
 
-# Three workers on the two cores that any machine has: one of them often waits for a service. Who has nothing left
+# Four workers on the two cores that any machine has: one or two of them often wait for a service. Who has nothing left
 # takes tests of the others.
-PYTEST := pytest -n 3 --dist worksteal --durations=10
+PYTEST := pytest -n 4 --dist worksteal --durations=10
 
 .PHONY: help venv demo claim pages test test-long lint format
 

@@ -6,6 +6,7 @@ Here, not in `tests/`, so that it holds for the examples in docstrings, too.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Generator
 from typing import Any
 
@@ -15,6 +16,9 @@ from tests.states import RANDOM, preserving, read_states, restore_states
 
 # Before torch is imported: numbers depend on the threads, those of the processes that tests start included.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Else each of the many processes would compile the sources, and the tests' assertions, anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 # Ray gives its workers the lowest priority, which has them wait for whatever else a machine does.
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
 

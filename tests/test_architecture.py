@@ -54,10 +54,17 @@ def read_picture() -> dict[str, set[str]]:
     return {a.strip(): {b.strip() for b in targets.split("&")} for a, targets in arrows}
 
 
-IMPORTS = {module: list_imports(module) for module in FILES}
-ARROWS = {
-    (name_room(a), name_room(b)) for a, targets in IMPORTS.items() for b in targets if name_room(a) != name_room(b)
-}
+@pytest.fixture(scope="module")
+def imports() -> dict[str, set[str]]:
+    return {module: list_imports(module) for module in FILES}
+
+
+@pytest.fixture(scope="module")
+def arrows(imports: dict[str, set[str]]) -> set[tuple[str, str]]:
+    """From room to room."""
+    return {
+        (name_room(a), name_room(b)) for a, targets in imports.items() for b in targets if name_room(a) != name_room(b)
+    }
 
 
 def reach(start: str, arrows: dict[str, set[str]]) -> set[str]:
@@ -65,26 +72,26 @@ def reach(start: str, arrows: dict[str, set[str]]) -> set[str]:
     return arrows.get(start, set()).union(*(reach(below, arrows) for below in arrows.get(start, set())))
 
 
-def test_imports_run_as_the_picture_says() -> None:
+def test_imports_run_as_the_picture_says(arrows: set[tuple[str, str]]) -> None:
     picture = read_picture()
     assert list(TopologicalSorter(picture).static_order())  # an arrow up would close a circle
     assert set(picture).union(*picture.values()) == {name_room(module) for module in FILES}
-    assert {(a, b) for a, b in ARROWS if b not in reach(a, picture)} == set(), "imported, and not in the picture"
-    assert {(a, b) for a in picture for b in picture[a]} <= ARROWS, "in the picture, and not imported"
+    assert {(a, b) for a, b in arrows if b not in reach(a, picture)} == set(), "imported, and not in the picture"
+    assert {(a, b) for a in picture for b in picture[a]} <= arrows, "in the picture, and not imported"
 
 
-def test_no_module_imports_itself_round_a_corner() -> None:
-    assert list(TopologicalSorter(IMPORTS).static_order())
+def test_no_module_imports_itself_round_a_corner(imports: dict[str, set[str]]) -> None:
+    assert list(TopologicalSorter(imports).static_order())
 
 
 @pytest.mark.parametrize("room", STRICT)
-def test_some_rooms_import_less(room: str) -> None:
-    assert {b for a, b in ARROWS if a == room} <= STRICT[room]
+def test_some_rooms_import_less(room: str, arrows: set[tuple[str, str]]) -> None:
+    assert {b for a, b in arrows if a == room} <= STRICT[room]
 
 
-def test_tables_of_results_and_of_methods_need_no_torch() -> None:
+def test_tables_of_results_and_of_methods_need_no_torch(imports: dict[str, set[str]]) -> None:
     needed = {module for module in FILES if name_room(module) in ("results", "methods", "hparams", "arguments")}
-    needed = needed.union(*(reach(module, IMPORTS) for module in needed))
+    needed = needed.union(*(reach(module, imports) for module in needed))
     assert not [module for module in needed if re.search(r"^\s*(import|from) torch", FILES[module].read_text(), re.M)]
 
 

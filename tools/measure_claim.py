@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_calibration_error
 
 from daft_domainbed import plugin
 from daft_domainbed.arguments import TrainArgs
@@ -72,6 +71,8 @@ def measure_accuracy(logits: Tensor, y: Tensor) -> float:
 
 def measure(model: Any, held_out: tuple[Tensor, Tensor], trained: tuple[Tensor, Tensor], *, is_attacked: bool) -> Any:
     """Return what is measured of a model, and its logits on the held-out domain."""
+    from torchmetrics.functional.classification import multiclass_calibration_error
+
     x, y = held_out
     logits = predict(model, x)
     values = {
