@@ -78,7 +78,7 @@ setup(
             "onnxscript>=0.2",
             "bm25s>=0.2",
         ],
-        "dev": ["ruff>=0.9", "mypy>=1.11", "types-PyYAML"],
+        "dev": ["ruff>=0.15", "mypy>=1.17", "types-PyYAML"],
         # AutoAttack, for evaluate --suite full: docs/robustness.md.
         "eval": ["pyautoattack>=0.2"],
         # ONNX, for export: docs/using_a_model.md.

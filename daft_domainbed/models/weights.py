@@ -10,6 +10,7 @@ import warnings
 import zipfile
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,14 +21,15 @@ from torch import Tensor
 from daft_domainbed.errors import UsageError
 from daft_domainbed.runtime.files import writing_atomically
 
+_MULTIARRAY = import_module("numpy._core.multiarray" if hasattr(np, "_core") else "numpy.core.multiarray")
 # Upstream's random hyperparameters are NumPy scalars; these are all that a checkpoint may hold beside plain types.
 _NUMPY_SCALARS = [
     np.dtype,
-    np._core.multiarray.scalar if hasattr(np, "_core") else np.core.multiarray.scalar,  # type: ignore[attr-defined]
+    _MULTIARRAY.scalar,
     *{type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?")},
 ]
 if hasattr(np, "_core"):  # the same function under the name that NumPy 1.x wrote into its pickles
-    _NUMPY_SCALARS.append((np._core.multiarray.scalar, "numpy.core.multiarray.scalar"))
+    _NUMPY_SCALARS.append((_MULTIARRAY.scalar, "numpy.core.multiarray.scalar"))
 
 
 def save(content: Mapping[str, Any], path: Path) -> None:
