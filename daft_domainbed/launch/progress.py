@@ -60,7 +60,8 @@ class SweepProgress:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self.bars.stop()
+        if not self.bars.disable:  # rich before 14.3 ends disabled bars with an empty line
+            self.bars.stop()
         for cause, count in self.failures.items():
             if count > 1:
                 self.console.print(Text(f"{count} jobs FAILED, all of them: {cause}"), soft_wrap=True)
