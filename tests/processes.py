@@ -54,7 +54,7 @@ class WarmPopen:
             files = {number: _Handle(number, file, nowhere) for number, file in given.items()}
             environment = dict(os.environ if env is None else env)
             target = (self.args[1:], environment, os.fspath(cwd or os.getcwd()), files, start_new_session)
-            self._process = _get_context(is_warm=_is_warm).Process(target=_become, args=target)
+            self._process = get_context(is_warm=_is_warm).Process(target=_become, args=target)
             self._process.start()
 
     @property
@@ -119,7 +119,8 @@ class _Handle:
 
 
 @functools.cache
-def _get_context(*, is_warm: bool) -> Any:
+def get_context(*, is_warm: bool = False) -> Any:
+    """Return what starts processes: a server that has imported all that a run does, or a fork of one that it started."""
     if is_warm:
         return multiprocessing.get_context("fork")
     context = multiprocessing.get_context("forkserver")

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 
+from tests.processes import get_context
+
 
 class Endless(Sampler[list[int]]):
     def __init__(self, batches: BatchSampler) -> None:
@@ -20,4 +22,8 @@ class Endless(Sampler[list[int]]):
 def iterate(data: Any, sampler: Sampler[int], batch_size: int, num_workers: int, drop_last: bool) -> Iterator[Any]:
     """Return the loader's iterator, whose workers have begun."""
     batches = BatchSampler(sampler, batch_size, drop_last=drop_last)
-    return iter(DataLoader(data, num_workers=num_workers, batch_sampler=Endless(batches)))
+    # Where Ray is in the process, a fork of it can die.
+    context = get_context() if num_workers else None
+    return iter(
+        DataLoader(data, num_workers=num_workers, batch_sampler=Endless(batches), multiprocessing_context=context)
+    )
