@@ -120,7 +120,7 @@ class _Handle:
 
 @functools.cache
 def get_context(*, is_warm: bool = False) -> Any:
-    """Return what starts processes: a server that has imported all that a run does, or a fork of one that it started."""
+    """Return what starts processes: a server that has imported all that a run does; in one of its own, a fork."""
     if is_warm:
         return multiprocessing.get_context("fork")
     context = multiprocessing.get_context("forkserver")

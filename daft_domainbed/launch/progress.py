@@ -22,7 +22,6 @@ class SweepProgress:
 
     Args:
         jobs: The whole plan.
-        n_done: How many of its jobs were done before.
         n_jobs: How many run at a time.
         environments: Names of the environments by data set.
         console: Where to show it; standard error by default.
@@ -31,14 +30,14 @@ class SweepProgress:
     def __init__(
         self,
         jobs: Sequence[Job],
-        n_done: int,
         n_jobs: int,
         environments: Mapping[str, Sequence[str]],
         console: Console | None = None,
     ) -> None:
         self.console = console or Console(stderr=True)
         self.environments, self.n_jobs = environments, n_jobs
-        self.total, self.finished = len(jobs), n_done
+        self.total = len(jobs)
+        self.finished = 0
         self.left: dict[str, int] = defaultdict(int)
         self.seconds: dict[str, list[float]] = defaultdict(list)
         self.failures: Counter[str] = Counter()
@@ -53,7 +52,7 @@ class SweepProgress:
             console=self.console,
             disable=not self.console.is_terminal,
         )
-        self.overall = self.bars.add_task("all jobs", total=self.total, completed=n_done, note="")
+        self.overall = self.bars.add_task("all jobs", total=self.total, note="")
 
     def __enter__(self) -> SweepProgress:
         self.bars.start()
@@ -67,7 +66,9 @@ class SweepProgress:
                 self.console.print(Text(f"{count} jobs FAILED, all of them: {cause}"), soft_wrap=True)
 
     def plan(self, jobs: Sequence[Job]) -> None:
-        """Take note of the jobs that are still to be run."""
+        """Take note of the jobs that are still to be run; the others are done."""
+        self.finished = self.total - len(jobs)
+        self.bars.update(self.overall, completed=self.finished)
         for job in jobs:
             self.left[name_kind(job)] += 1
 

@@ -21,6 +21,9 @@ SECONDS_BETWEEN_LOOKS = 1.0
 class Observer(Protocol):
     """Shows how the jobs are getting on."""
 
+    def plan(self, jobs: Sequence[Job]) -> None:
+        """Take note of the jobs that are not done as the launch begins."""
+
     def start(self, job: Job) -> None:
         """Take note that a job was started."""
 
@@ -96,6 +99,7 @@ class _Graph:
         self.done = {job.folder for job in jobs if is_done(root / job.folder)}
         self.waiting = {job.folder: job for job in jobs if job.folder not in self.done}
         forget_failures(root, self.waiting.values())
+        observer.plan(list(self.waiting.values()))
         self.running: dict[str, float] = {}  # since when
         self.elsewhere: dict[str, float] = {}  # jobs of `waiting` that others have claimed: when to look again
         self.failures: dict[str, str] = {}

@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,8 @@ class Diary:
         self.reports: dict[str, list[tuple[int, int]]] = {}
         self.failures: dict[str, str | None] = {}
         self.at_once = self.most_at_once = 0
+
+    def plan(self, jobs: Sequence[Job]) -> None: ...
 
     def start(self, job: Job) -> None:
         self.events.append(("start", job.folder))

@@ -35,7 +35,7 @@ def make() -> Callable[..., tuple[SweepProgress, io.StringIO]]:
     def build(n_jobs: int = 2, terminal: bool = False) -> tuple[SweepProgress, io.StringIO]:
         text = io.StringIO()
         console = Console(file=text, force_terminal=terminal, width=60)
-        progress = SweepProgress(STUDENTS + TEACHERS, 0, n_jobs, ENVIRONMENTS, console)
+        progress = SweepProgress(STUDENTS + TEACHERS, n_jobs, ENVIRONMENTS, console)
         progress.plan(STUDENTS + TEACHERS)
         return progress, text
 
@@ -81,7 +81,7 @@ def test_a_terminal_is_shown_the_jobs_at_work(make: Callable[..., tuple[SweepPro
 
 def test_jobs_done_before_are_counted() -> None:
     text = io.StringIO()
-    progress = SweepProgress(STUDENTS, 3, 1, ENVIRONMENTS, Console(file=text, width=60))
+    progress = SweepProgress(STUDENTS, 1, ENVIRONMENTS, Console(file=text, width=60))
     progress.plan(STUDENTS[3:])
     progress.end(STUDENTS[3], None, 5.0)
     assert text.getvalue().startswith("[4/4] ")
@@ -141,6 +141,6 @@ def test_one_cause_is_said_once_and_counted(make: Callable[..., tuple[SweepProgr
 
 def test_defaults_are_named_where_there_are_draws() -> None:
     jobs = [make_job("student", "ERM", [0]), make_job("student", "ERM", [0], hparams_seed=2)]
-    progress = SweepProgress(jobs, 0, 1, ENVIRONMENTS, Console(file=io.StringIO()))
+    progress = SweepProgress(jobs, 1, ENVIRONMENTS, Console(file=io.StringIO()))
     assert progress.describe(jobs[0]) == "ERM student, noto held out, trial 0, defaults"
     assert progress.describe(jobs[1]) == "ERM student, noto held out, trial 0, draw 2"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -154,8 +154,12 @@ class Diary:
     """An observer that checks the order of what it is told."""
 
     def __init__(self) -> None:
+        self.planned: set[str] = set()
         self.running: set[str] = set()
         self.ends: dict[str, str | None] = {}
+
+    def plan(self, jobs: Sequence[Job]) -> None:
+        self.planned = {job.folder for job in jobs}
 
     def start(self, job: Job) -> None:
         assert job.folder not in self.ends
@@ -166,6 +170,7 @@ class Diary:
         assert job.folder not in self.ends
 
     def end(self, job: Job, failure: str | None, seconds: float) -> None:
+        assert job.folder in self.planned
         assert job.folder not in self.ends
         assert seconds >= 0
         self.ends[job.folder] = failure
@@ -226,6 +231,8 @@ def run(sweep: Sweep) -> tuple[World, Diary, dict[str, str] | Stopped, dict[str,
                 end = run_graph(Path(name), sweep.jobs, world, diary)
             except Stopped as stopped:
                 end = stopped
+        # Of each job that is not done as it begins, others' included, the end is told.
+        assert isinstance(end, Stopped) or diary.ends.keys() == diary.planned
         marks = {job.folder: read_failure(Path(name) / job.folder) for job in sweep.jobs}
         assert world.n_kills == 1
         for job in sweep.jobs:
