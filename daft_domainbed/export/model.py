@@ -44,8 +44,8 @@ class Model(nn.Module):
         input_shape: (C, H, W) of what it was trained on.
     """
 
-    mean: Tensor
-    std: Tensor
+    pixel_mean: Tensor
+    pixel_std: Tensor
 
     def __init__(self, algorithm: nn.Module, spec: InputSpec, source: Source) -> None:
         super().__init__()
@@ -54,15 +54,15 @@ class Model(nn.Module):
         self.input_shape: tuple[int, ...] = source.input_shape
         self.class_names = source.class_names
         self.num_classes: int = source.content["model_num_classes"]
-        self.register_buffer("mean", spec.get_mean(torch.empty(0)))
-        self.register_buffer("std", spec.get_std(torch.empty(0)))
+        self.register_buffer("pixel_mean", spec.get_mean(torch.empty(0)))
+        self.register_buffer("pixel_std", spec.get_std(torch.empty(0)))
         self.eval().requires_grad_(False)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Return logits, [B, K], of pixels from 0 to 1, [B, C, H, W]; other sizes are resized as in training."""
         if pixels.shape[2:] != self.input_shape[1:]:
             pixels = functional.resize(pixels, list(self.input_shape[1:]), antialias=True)
-        logits: Tensor = self.algorithm.predict((pixels - self.mean) / self.std)
+        logits: Tensor = self.algorithm.predict((pixels - self.pixel_mean) / self.pixel_std)
         return torch.cat([torch.zeros_like(logits), logits], 1) if logits.shape[1] == 1 else logits
 
     def predict(self, images: Picture | Iterable[Picture]) -> list[Prediction]:
@@ -101,7 +101,7 @@ class Model(nn.Module):
             pixels = self._check(image)
             if list(pixels.shape[1:]) != size:
                 pixels = functional.resize(pixels, size, antialias=True)
-        return pixels.to(self.mean)
+        return pixels.to(self.pixel_mean)
 
     def _check(self, pixels: Tensor) -> Tensor:
         channels = self.input_shape[0]
