@@ -38,7 +38,7 @@ class SweepProgress:
         self.environments, self.n_jobs = environments, n_jobs
         self.total = len(jobs)
         self.finished = 0
-        self.left: dict[str, int] = defaultdict(int)
+        self.left: Counter[str] = Counter()
         self.seconds: dict[str, list[float]] = defaultdict(list)
         self.failures: Counter[str] = Counter()
         self.has_draws = any(job.args.hparams_seed for job in jobs)
@@ -66,11 +66,10 @@ class SweepProgress:
                 self.console.print(Text(f"{count} jobs FAILED, all of them: {cause}"), soft_wrap=True)
 
     def plan(self, jobs: Sequence[Job]) -> None:
-        """Take note of the jobs that are still to be run; the others are done."""
+        """Take note of the jobs that are still to be run; the others are done. What was planned before is forgotten."""
         self.finished = self.total - len(jobs)
         self.bars.update(self.overall, completed=self.finished)
-        for job in jobs:
-            self.left[name_kind(job)] += 1
+        self.left = Counter(name_kind(job) for job in jobs)
 
     def start(self, job: Job) -> None:
         """Show a job that was started."""

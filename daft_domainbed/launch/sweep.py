@@ -167,12 +167,15 @@ def _run(
     """Run jobs on a launcher and show how they get on; return the failures, as launchers do."""
     from daft_domainbed.launch.kinds import name_cause
     from daft_domainbed.launch.progress import SweepProgress
+    from daft_domainbed.launch.states import is_done
     from daft_domainbed.runtime import stopping
 
     with (
         stopping.listening(signal.SIGINT, signal.SIGTERM),
         SweepProgress(jobs, options.n_jobs or 1, environments) as progress,
     ):
+        # Some launchers do not look themselves; those that do look again once their processes are up.
+        progress.plan([job for job in jobs if not is_done(root / job.folder)])
         failures = run(root, jobs, options, progress)
     if failures:
         folder, reason = next(iter(failures.items()))

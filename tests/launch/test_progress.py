@@ -82,7 +82,8 @@ def test_a_terminal_is_shown_the_jobs_at_work(make: Callable[..., tuple[SweepPro
 def test_jobs_done_before_are_counted() -> None:
     text = io.StringIO()
     progress = SweepProgress(STUDENTS, 1, ENVIRONMENTS, Console(file=text, width=60))
-    progress.plan(STUDENTS[3:])
+    progress.plan(STUDENTS[2:])
+    progress.plan(STUDENTS[3:])  # one ended in the meantime
     progress.end(STUDENTS[3], None, 5.0)
     assert text.getvalue().startswith("[4/4] ")
 

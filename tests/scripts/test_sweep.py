@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from daft_domainbed.cli import run_command
-from daft_domainbed.launch import launchers, work
+from daft_domainbed.launch import launchers, progress, work
 from daft_domainbed.launch.job import Job
 from daft_domainbed.launch.plan import make_plan
 from daft_domainbed.launch.plan_file import read_jobs, read_sweep_args, write_plan
@@ -257,6 +257,16 @@ def test_launchers_are_chosen_by_name(sweep: Sweep, launcher: str) -> None:
     else:
         assert sweep.count() == {"done": 3}
         assert len([line for line in lines if "/3] ERM student, " in line]) == 3
+
+
+def test_a_launcher_that_looks_at_nothing_begins_with_what_is_done(
+    erm_sweep: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[int] = []
+    monkeypatch.setattr(progress.SweepProgress, "__exit__", lambda self, *exc_info: shown.append(self.finished))
+    next(erm_sweep.root.glob("*/done")).unlink()
+    assert erm_sweep("launch", *ERM, *SMALL, "--skip_confirmation", "--command_launcher", "dummy")[0] == 0
+    assert shown == [2]
 
 
 # --- before it is launched -------------------------------------------------------------------------------------------
