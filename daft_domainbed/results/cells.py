@@ -84,7 +84,7 @@ class Row:
         return f" from {self.source}" if self.source is not None else ""
 
     def describe(self) -> dict[str, Any]:
-        """Return what the json of a table has of it beside its cells."""
+        """Return what it is, as the json of a table says it."""
         return {
             "algorithm": self.algorithm,
             "role": self.role,

@@ -183,8 +183,9 @@ def _start(n_panels: int, width: float | None = None, **kwargs: Any) -> tuple[Fi
 
 
 def _add_legend(figure: Figure, axes: Sequence[Any]) -> None:
-    """Name the rows of the first axis that shows any below the figure, in as many columns as fit."""
-    handles, labels = next(found for axis in axes if (found := axis.get_legend_handles_labels())[1])
+    """Name the rows that any axis shows below the figure, in as many columns as fit."""
+    found = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    labels, handles = list(found), list(found.values())
     columns = max(1, int(figure.get_figwidth() / (0.55 + 0.06 * max(map(len, labels)))))  # inches
     n_lines = -(-len(labels) // columns)
     figure.set_figheight(_HEIGHT + 0.16 * (n_lines - 1))
