@@ -119,8 +119,8 @@ class _Handle:
 
 
 @functools.cache
-def get_context(*, is_warm: bool = False) -> Any:
-    """Return what starts processes: a server that has imported all that a run does; in one of its own, a fork."""
+def get_context(*, is_warm: bool) -> Any:
+    """Return what starts processes: a fork where all is imported already, else a server that imports it once."""
     if is_warm:
         return multiprocessing.get_context("fork")
     context = multiprocessing.get_context("forkserver")

@@ -23,7 +23,7 @@ def iterate(data: Any, sampler: Sampler[int], batch_size: int, num_workers: int,
     """Return the loader's iterator, whose workers have begun."""
     batches = BatchSampler(sampler, batch_size, drop_last=drop_last)
     # Where Ray is in the process, a fork of it can die.
-    context = get_context() if num_workers else None
+    context = get_context(is_warm=False) if num_workers else None
     return iter(
         DataLoader(data, num_workers=num_workers, batch_sampler=Endless(batches), multiprocessing_context=context)
     )

@@ -19,7 +19,8 @@ def open_journal(folder: Path, settings: Mapping[str, Any], what: str = "an eval
     """Make a folder where there is none, claim it, and open its journal.
 
     Raises:
-        UsageError: It is a file, or `Journal` refuses it.
+        UsageError: There is a file in its place, or `Journal` refuses it.
+        Claimed: Another process is at work in it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

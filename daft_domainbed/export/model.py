@@ -54,6 +54,7 @@ class Model(nn.Module):
         self.input_shape: tuple[int, ...] = source.input_shape
         self.class_names = source.class_names
         self.num_classes: int = source.content["model_num_classes"]
+        # Plain "mean" is what torch 2.6's exporter calls the average over pixels, too: ONNX then has the name twice.
         self.register_buffer("pixel_mean", spec.get_mean(torch.empty(0)))
         self.register_buffer("pixel_std", spec.get_std(torch.empty(0)))
         self.eval().requires_grad_(False)
