@@ -224,7 +224,7 @@ class Study:
             for measure, read in comparison.measures.items():
                 pairs = zip(_by_trial(kept[first], read), _by_trial(kept[other], read), strict=True)
                 gains.append([f"{first} - {other}", measure, *_show_gain([a - b for a, b in pairs])])
-        n = f"n = {len(trials)} trials of {len(keys) // len(trials)} held-out styles"
+        n = f"n = {len(trials)} trials of {len(keys) // len(trials)} held-out domains"
         return "\n\n".join(
             [
                 f"{n}; mean ± standard error over trials.",

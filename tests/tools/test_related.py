@@ -49,7 +49,7 @@ def runs(tmp_path: Path) -> Path:
 
 def test_a_comparison_pairs_what_all_rows_have(runs: Path) -> None:
     lines = Study(runs).show("faal").splitlines()
-    assert lines[0].startswith("n = 5 trials of 2 held-out styles")
+    assert lines[0].startswith("n = 5 trials of 2 held-out domains")
     assert "| FAAL | 25.00 ± 0.00 | 37.50 ± 0.00 | 62.50 ± 0.00 | 700 | 12 |" in lines
     assert "| AT, its start | 0.00 ± 0.00 | 37.50 ± 0.00 | 75.00 ± 0.00 | 700 | 12 |" in lines
     assert "| FAAL - AT, its start | worst class, PGD-20 | +25.00 | 0.062 |" in lines  # five trials: no interval
