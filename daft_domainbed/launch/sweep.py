@@ -124,7 +124,7 @@ def launch(sweep: SweepArgs, options: Options, *, launcher: str, ask: bool, keep
             return False
     if launcher != "dummy":
         write_plan(sweep, jobs)
-    failures = _run(run, root, jobs, options, name_environments(sweep))
+    failures = _run(run, root, jobs, waiting, options, name_environments(sweep))
     if keep == "chosen" and failures is not None:
         _keep_chosen(root)
     if not waiting:
@@ -154,20 +154,20 @@ def ask_chosen(root: Path, stage: str, asked: Mapping[str, Any], options: Option
         return
     if launcher != "dummy":
         write_evaluations(root, jobs)
-    _run(run, root, jobs, options, read_environments(root))
+    _run(run, root, jobs, waiting, options, read_environments(root))
 
 
 def _run(
     run: Launcher,
     root: Path,
     jobs: Sequence[Job],
+    waiting: Sequence[Job],
     options: Options,
     environments: Mapping[str, Sequence[str]],
 ) -> dict[str, str] | None:
     """Run jobs on a launcher and show how they get on; return the failures, as launchers do."""
     from daft_domainbed.launch.kinds import name_cause
     from daft_domainbed.launch.progress import SweepProgress
-    from daft_domainbed.launch.states import is_done
     from daft_domainbed.runtime import stopping
 
     with (
@@ -175,7 +175,7 @@ def _run(
         SweepProgress(jobs, options.n_jobs or 1, environments) as progress,
     ):
         # Some launchers do not look themselves; those that do look again once their processes are up.
-        progress.plan([job for job in jobs if not is_done(root / job.folder)])
+        progress.plan(waiting)
         failures = run(root, jobs, options, progress)
     if failures:
         folder, reason = next(iter(failures.items()))

@@ -302,7 +302,8 @@ def _to_csv(tables: Sequence[RobustnessTable]) -> str:
     for table in tables:
         for row in table.rows:
             start, end = [table.dataset, row.algorithm, row.role], [row.setting, table.kind, "; ".join(row.origins)]
-            rows += [[*start, name, *value.describe().values(), *end] for name, value in row.values.items()]
+            for name, value in row.values.items():
+                rows.append([*start, name, value.mean, value.stderr, len(value.numbers), *end])
     return to_csv(head, rows)
 
 
