@@ -48,7 +48,7 @@ class PIAT(ERM):
         Of images, "kl" with examples made on line is TRADES: `AT` with `at_loss` "trades" and `at_beta` piat_lambda.
     """
 
-    rebuilt = ("memory", "synonyms")  # nothing that a resumed run would miss
+    rebuilt = ("memory", "synonyms", "start")  # nothing that a resumed run would miss
     SOURCE = "Liu et al., 2024, AAAI, arXiv 2312.10329; its code has no training loss: what is ours is on its page"
     HPARAMS: ClassVar[dict[str, Hparam]] = {
         "piat_form": Hparam(
@@ -115,6 +115,9 @@ class PIAT(ERM):
                 f"hyperparameter backbone is {hparams.get('backbone')}: PIAT attacks texts in 'ranker_w<N>'"
             )
         self.memory = FeatureMemory()
+        # One start for all static examples, so that an image's does not depend on when it comes.
+        generator = torch.Generator().manual_seed(torch.initial_seed())
+        self.start = draw_noise(torch.empty(1, *input_shape), generator)
         self.synonyms = find_synonyms(list_source_documents()) if hparams["piat_attack"] == "words" else None
 
     def update(
@@ -147,13 +150,17 @@ class PIAT(ERM):
         attack, budget = self.hparams["piat_attack"], (self.hparams["piat_eps"], self.hparams["piat_steps"])
         if attack == "embedding":
             return x, promote_by_embedding(self.network, self.predict, x, y, *budget)
-        model: Any = self if self.natural is None else self.natural.model
-        if attack == "pixels":
-            return self._perturb(x, model), None
         if self.natural is None:
-            return self._replace_words(x, y, model), None
+            if attack == "pixels":
+                return self._move_pixels(x, self, draw_noise(x, self.start_generator)), None
+            return self._replace_words(x, y, self), None
+        model = self.natural.model
         self.natural.follow(x)
-        labelled = torch.cat([x.flatten(1), y[:, None]], dim=1)  # each list is attacked once, whenever it comes
+        # Each image and each list is attacked once, whenever it comes.
+        if attack == "pixels":
+            start = self.start.to(x)
+            return self.memory.recall(x, lambda rows: self._move_pixels(rows, model, start.expand_as(rows))), None
+        labelled = torch.cat([x.flatten(1), y[:, None]], dim=1)
         attacked = self.memory.recall(
             labelled, lambda rows: self._replace_words(rows[:, :-1].view(-1, *x.shape[1:]), rows[:, -1], model)
         )
@@ -164,10 +171,8 @@ class PIAT(ERM):
         budget = self.hparams["piat_words"], self.hparams["piat_eps"], self.hparams["piat_steps"]
         return promote_by_words(model.network, model.predict, x, y, self.synonyms.to(x.device), *budget)
 
-    def _perturb(self, x: Tensor, model: Any) -> Tensor:
+    def _move_pixels(self, x: Tensor, model: Any, start: Tensor) -> Tensor:
         eps, steps = self.hparams["piat_eps"], self.hparams["piat_steps"]
-        if self.natural is not None:
-            self.natural.follow(x)
         with evaluating(model.network):
             with torch.no_grad():
                 clean = model.predict(x)
@@ -179,7 +184,7 @@ class PIAT(ERM):
                 steps=steps,
                 step_size=eps * (_STEP / steps),
                 spec=INPUT_SPECS[self.hparams["pixels"]],
-                start=draw_noise(x, self.start_generator),
+                start=start,
             )
 
 

@@ -7,6 +7,7 @@ from pathlib import PurePath
 from typing import Any
 
 UNKNOWN = "weights of unknown origin"
+_NEVER_PRETRAINED = ("resnet8_w", "ranker_w")  # how the names of our own networks begin
 _SMALLEST_HOST_RESNET = 33  # pixels: up to 32 the host's own networks start from nothing
 
 
@@ -22,6 +23,8 @@ def list_origins(
 
     Example:
         >>> list_origins({"backbone": "resnet8_w8", "weights": "pretrained"}, (3, 32, 32))
+        {}
+        >>> list_origins({"backbone": "ranker_w32", "weights": "pretrained"}, (21, 40))
         {}
         >>> list_origins({"backbone": "timm/resnet10t", "weights": "pretrained"}, (3, 64, 64))
         {'weights': 'pretrained timm/resnet10t'}
@@ -61,7 +64,7 @@ def name_unknown(weights: str) -> str:
 def _describe(backbone: str, weights: str, hparams: Mapping[str, Any], input_shape: tuple[int, ...]) -> str:
     if is_file(weights):
         return name_unknown(weights)
-    if weights == "none" or backbone.startswith("resnet8_w"):
+    if weights == "none" or backbone.startswith(_NEVER_PRETRAINED):
         return ""
     if backbone != "default":
         return f"pretrained {backbone}"

@@ -135,6 +135,24 @@ def test_static_examples_are_made_once_and_against_the_natural_ranker(texts: Lis
     assert torch.equal(again._attack(x[:3], y[:3])[0], attacked[:3])  # whatever else is in the batch
 
 
+def test_static_examples_of_images_are_made_once_too(bench: Any) -> None:
+    natural = Natural(bench.make("ERM"))
+    model = natural.model
+    piat = bench.make("PIAT")
+    piat.natural = natural
+    x, y = (torch.cat(parts) for parts in zip(*bench.draw_minibatches(0), strict=True))
+    attacked, _ = piat._attack(x, y)
+    clean, moved = (model.eval().predict(images).softmax(1) for images in (x, attacked))
+    assert (clean - moved).abs().amax(1).min() > 0 and (attacked - x).abs().max() <= 8 / 255 / 0.2
+    n_asked = natural.n_asked
+    bench.train(piat, 1)  # another network now, the same examples
+    assert torch.equal(piat._attack(x, y)[0], attacked)
+    assert natural.n_asked == n_asked > 0
+    again = bench.make("PIAT")
+    again.natural = natural
+    assert torch.equal(again._attack(x[:3], y[:3])[0], attacked[:3])  # whatever else is in the batch
+
+
 def test_synonyms_come_from_source_domains_alone(texts: Lists) -> None:
     piat = texts.make()
     sources = torch.cat([in_.underlying_dataset.documents for in_, _ in texts.facts.splits[1:]]).unique()
