@@ -172,11 +172,11 @@ COMPARISONS = {
     ),
     "piat_images": Comparison(
         {
+            "TRADES": ("piat/images_trades", "AT"),
             "PIAT, kl": ("piat/images_kl", "PIAT"),
             "PIAT, pairwise": ("piat/images_pairwise", "PIAT"),
             "PIAT, listmle": ("piat/images_listmle", "PIAT"),
-            "TRADES": ("at/trades", "AT"),
-            "ERM": ("at/ce", "ERM"),
+            "natural": ("piat/images_natural", "ERM"),
         },
         {"clean": CLEAN, "PGD-20": PGD},
     ),
