@@ -217,10 +217,9 @@ def write(archive: Path, page: Path, figures: Path) -> None:
         study = Study(folder)
     loader = jinja2.FileSystemLoader(STUDY)
     environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    page.write_text(
-        environment.get_template("results.md.j2").render(describe(study) | {"pretrained": show_study(PRETRAINED)})
-    )
     figures.mkdir(exist_ok=True)
+    pretrained = show_study(PRETRAINED, figures)
+    page.write_text(environment.get_template("results.md.j2").render(describe(study) | {"pretrained": pretrained}))
     drawings = {
         "sizes.svg": draw_sizes(study, WIDTHS),
         "teachers.svg": draw_teachers(study, {"kd_w8": "KD", "daft_w8": "DAFT"}),

@@ -14,6 +14,7 @@ import jinja2
 from daft_domainbed.results.comparison import FEWEST_TRIALS
 from daft_domainbed.results.statistics import bootstrap_mean, mean
 from daft_domainbed.runtime.layout import TEACHERS_FOLDER
+from tools.charts import Axis, Point, Series, draw_chart, make_axis
 from tools.proof import check_records
 from tools.study import (
     Study,
@@ -52,13 +53,17 @@ SIZES = {
     for student, ending in (("EfficientNet-Lite0", ""), ("ResNet-8, width 24", "_w24"), ("ResNet-8, width 8", "_w8"))
 } | {"DAFT - KD, three frozen networks teach": ("daft_concatenated", "kd_concatenated")}
 MARGIN = 1.0  # points
+FIGURE = "pretrained_teachers.svg"
+
+Groups = Mapping[str, Mapping[int, Mapping[str, float]]]  # by teacher, trial and measure
 
 
-def show_study(folder: Path) -> str:
-    """Return the study's section of the page; nothing before its first report trial.
+def show_study(folder: Path, figures: Path) -> str:
+    """Return the study's section of the page, and draw its figure; nothing before its first report trial.
 
     Args:
         folder: Has `report`, `records` and the section's template.
+        figures: Where the figure goes.
 
     Raises:
         RunError: A record proves nothing; see `tools.proof`.
@@ -71,9 +76,12 @@ def show_study(folder: Path) -> str:
         studies = {weights: Study(Path(name), weights) for weights in ("averaged", "plain")}
     if not studies["plain"].report:
         return ""
+    teachers = group_teachers(measures)
+    if _list_fine_tuned(teachers):
+        (figures / FIGURE).write_text(draw_teachers(teachers))
     loader = jinja2.FileSystemLoader(folder)
     environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    return environment.get_template("report.md.j2").render(describe(studies, planned, costs, measures))
+    return environment.get_template("report.md.j2").render(describe(studies, planned, costs, teachers))
 
 
 def unpack(archives: Sequence[Path], report: set[str], root: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -107,7 +115,7 @@ def describe(
     studies: Mapping[str, Study],
     planned: set[str],
     costs: Sequence[Mapping[str, Any]],
-    measures: Sequence[Mapping[str, Any]],
+    teachers: Groups,
 ) -> dict[str, Any]:
     """Return what the section's template takes."""
     plain = studies["plain"]
@@ -131,7 +139,8 @@ def describe(
             if {"daft", "kd"} <= {*plain.report}
             else {}
         ),
-        "teachers": show_teachers(measures),
+        "teachers": show_teachers(teachers),
+        "figure": FIGURE if _list_fine_tuned(teachers) else "",
         "equivalence": lambda pairs, weights: show_equivalence(studies[weights], keep_run(pairs), MARGIN),
         "primary": PRIMARY,
         "secondary": SECONDARY,
@@ -153,8 +162,8 @@ _MEASURED = {
 }
 
 
-def show_teachers(measures: Sequence[Mapping[str, Any]]) -> str:
-    """Return means over trials of what was measured of the main teacher by radius, and the differences by trial.
+def group_teachers(measures: Sequence[Mapping[str, Any]]) -> Groups:
+    """Return what was measured of the main teacher by radius and trial, ERM first.
 
     A trial's number is the mean over its styles; radius 0 is the same fine-tuning without the adversary.
     """
@@ -163,26 +172,61 @@ def show_teachers(measures: Sequence[Mapping[str, Any]]) -> str:
         if isinstance(line["backbone"], str):  # the main teacher is one network
             name = "ERM" if line["kind"] == "ERM" else f"AFT, radius {line['radius']:g}"
             lines.setdefault(name, {}).setdefault(line["trial"], []).append(line)
-    groups = {
+    return {
         name: {
             trial: {key: mean([line[key] for line in of_trial]) or 0.0 for key in _MEASURED}
-            for trial, of_trial in trials.items()
+            for trial, of_trial in lines[name].items()
         }
-        for name, trials in lines.items()
+        for name in sorted(lines, reverse=True)
     }
+
+
+def compare_with_erm(groups: Groups, name: str, key: str) -> tuple[float, tuple[float, float] | None]:
+    """Return what a teacher has more than the ERM teacher of the same trial, with its interval where trials suffice."""
+    gains = [groups[name][trial][key] - groups["ERM"][trial][key] for trial in _list_shared(groups, name)]
+    return mean(gains) or 0.0, bootstrap_mean(gains) if len(gains) >= FEWEST_TRIALS else None
+
+
+def show_teachers(groups: Groups) -> str:
+    """Return means over trials of what was measured, and the differences by trial."""
     rows = []
-    for name in sorted(groups, reverse=True):  # ERM first
-        values = [[trial[key] for trial in groups[name].values()] for key in _MEASURED]
-        rows.append([name, *(f"{mean(numbers):.3g}" for numbers in values), str(len(groups[name]))])
-    for name in sorted(set(groups) - {"ERM"}):
-        shared = sorted(groups[name].keys() & groups.get("ERM", {}).keys())
+    for name, trials in groups.items():
+        means = [mean([trial[key] for trial in trials.values()]) for key in _MEASURED]
+        rows.append([name, *(f"{value:.3g}" for value in means), str(len(trials))])
+    for name in _list_fine_tuned(groups):
         cells = []
         for key in _MEASURED:
-            gains = [groups[name][trial][key] - groups["ERM"][trial][key] for trial in shared]
-            low, high = bootstrap_mean(gains)
-            cells.append(f"{mean(gains):+.3g}" + (f" [{low:+.3g}, {high:+.3g}]" if len(gains) >= FEWEST_TRIALS else ""))
-        rows.append([f"{name} - ERM", *cells, str(len(shared))])
+            gain, interval = compare_with_erm(groups, name, key)
+            cells.append(f"{gain:+.3g}" + (f" [{interval[0]:+.3g}, {interval[1]:+.3g}]" if interval else ""))
+        rows.append([f"{name} - ERM", *cells, str(len(_list_shared(groups, name)))])
     return make_table(["", *_MEASURED.values(), "trials"], rows)
+
+
+def draw_teachers(groups: Groups) -> str:
+    """Draw what each fine-tuned teacher has more than the ERM teacher, percentages as shares: all fit one axis."""
+    names = _list_fine_tuned(groups)
+    series = []
+    for i, name in enumerate(names):
+        points = []
+        for place, (key, title) in enumerate(_MEASURED.items()):
+            gain, interval = compare_with_erm(groups, name, key)
+            unit = 100 if title.endswith("%") else 1
+            ends = (interval[0] / unit, interval[1] / unit) if interval else (None, None)
+            points.append(Point(place + 0.15 * (i - (len(names) - 1) / 2), gain / unit, *ends))
+        series.append(Series(name, points, is_line=False))
+    reached = [end for line in series for point in line.points for end in (point.y, point.low, point.high)]
+    # Half a place free on either side, by ticks without a text.
+    ticks = [(-0.5, ""), *((float(place), key) for place, key in enumerate(_MEASURED)), (len(_MEASURED) - 0.5, "")]
+    y = make_axis("more than the ERM teacher has", [0.0, *(end for end in reached if end is not None)], 0.05)
+    return draw_chart("What fine-tuning changes in the teacher", Axis("", ticks), y, series)
+
+
+def _list_fine_tuned(groups: Groups) -> list[str]:
+    return sorted(set(groups) - {"ERM"}) if "ERM" in groups else []
+
+
+def _list_shared(groups: Groups, name: str) -> list[int]:
+    return sorted(groups[name].keys() & groups["ERM"].keys())
 
 
 def show_styles(study: Study, pairs: Mapping[str, tuple[str, str]]) -> str:

@@ -40,7 +40,7 @@ def make_averaged(record: dict[str, Any]) -> dict[str, float]:
 
 def test_without_records_there_is_no_section(tmp_path: Path) -> None:
     (tmp_path / "report").mkdir()
-    assert pretrained.show_study(tmp_path) == ""
+    assert pretrained.show_study(tmp_path, tmp_path) == ""
 
 
 def test_the_section_is_what_the_records_say(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,7 +61,7 @@ def test_the_section_is_what_the_records_say(runs: Path, tmp_path: Path, monkeyp
         measures = "".join(json.dumps(line) + "\n" for line in lines)
         pack(folders, {"costs.json": costs, "teachers.jsonl": measures}, study / "records" / f"trial_{trial}.tar.xz")
     monkeypatch.setattr(pretrained, "check_records", lambda archives, report: None)
-    text = pretrained.show_study(study)
+    text = pretrained.show_study(study, tmp_path)
     assert "| DAFT | 43.0 ± 0.0 | 53.0 ± 0.0 | 48.0 ± 0.0 | 6 |" in text  # 40 + 2 + 1, and 10 more on green
     assert "| DAFT | 42.0 ± 0.0 | 52.0 ± 0.0 | 47.0 ± 0.0 | 6 |" in text
     assert "| DAFT - ERM | +2.00 [+2.00, +2.00] | 0.0312 |" in text
@@ -70,6 +70,8 @@ def test_the_section_is_what_the_records_say(runs: Path, tmp_path: Path, monkeyp
     assert "| ERM | 3.5 | 3.5 | 3.5 | 3.5 | 3.5 | 6 |" in text
     assert "| AFT, radius 0.3 - ERM | +3 [+3, +3] |" in text
     assert "| AFT, radius 0 - ERM | +0 [+0, +0] |" in text
+    drawing = (tmp_path / pretrained.FIGURE).read_text()
+    assert f"figures/{pretrained.FIGURE}" in text and drawing.count("<circle") == 2 * len(MEASURED)
     assert "`daft_eps0`" in text.split("Planned and not run")[1].split("\n")[0]
 
 
