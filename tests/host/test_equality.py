@@ -85,6 +85,12 @@ CASES = [
         needs_runner=True,
     ),
     Case(
+        "piat_images",
+        {"dataset": "EmojiStyles", "test_envs": [3], "algorithm": "PIAT"},
+        {"backbone": "resnet8_w2", "natural": "ERM", "piat_static": True, "piat_steps": 2},
+        needs_runner=True,
+    ),
+    Case(
         "sma",
         {"dataset": "EmojiStyles", "test_envs": [3], "algorithm": "SMA"},
         {"backbone": "resnet8_w2", "sma_start": 1},
