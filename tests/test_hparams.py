@@ -224,6 +224,7 @@ BAD_VALUES: dict[str, list[Any]] = {
         float("inf"), "inf", "nan", "1e400", 10**400,
     ],
     "aft_attack_steps": [-1, 1.5, True, "none"],
+    "aft_adversary": ["Image", "style", 1, None],
     "aft_weight": [-1e-9, 1.5, "1", float("nan")],
     "aft_target_mix": [2, -1, None],
     "aft_target_temperature": [0, -1.0, float("inf")],
@@ -306,6 +307,7 @@ GOOD_VALUES: dict[str, st.SearchStrategy[Any]] = {
     "aft_scope": st.sampled_from(["head", "all"]), "aft_attack": st.sampled_from(["pixels", "features"]),
     "aft_norm": st.sampled_from(["auto", "linf", "l2"]), "aft_eps": _radii(),
     "aft_attack_steps": _auto_or(st.integers(0, 100)), "aft_weight": _unit, "aft_target_mix": _unit,
+    "aft_adversary": st.sampled_from(["image", "domain"]),
     "aft_target_temperature": _positive, "aft_steps": _steps, "sma_start": st.integers(0, 1000),
     "input_size": st.integers(8, 1024),
 }  # fmt: skip

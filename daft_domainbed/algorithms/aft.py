@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,16 @@ else:
 RADII = (0.0, 0.025, 0.05, 0.1, 0.2, 0.3, 0.4)
 
 
+class _Seen(NamedTuple):
+    """Images, [B, C, H, W], their features, [B, D], labels and numbers of their domains, [B], and targets, [B, K]."""
+
+    x: Tensor
+    features: Tensor
+    y: Tensor
+    domains: Tensor
+    targets: Tensor
+
+
 class AFT(ERM):
     """The adversarially fine-tuned teacher of DAFT (Nasery et al., 2022).
 
@@ -40,7 +50,8 @@ class AFT(ERM):
     where L is the soft cross-entropy and delta lives in pixels, f(x + delta), or in features, h(phi(x) + delta). The
     target q mixes the one-hot label with the ERM teacher's own belief (`aft_target_mix`; 0 is standard adversarial
     training). The attack maximises the cross-entropy against the label; in features, by default, the maximum is taken
-    in closed form. The paper's abstract leaves scope, place, radius and target open: they are declared choices.
+    in closed form; with `aft_adversary` "domain" all images of a training domain share one delta, and the maximum is
+    searched. The paper's abstract leaves scope, place, radius and target open: they are declared choices.
 
     Example:
         With `aft_eps` 0 this is plain fine-tuning of the head on q, the control that isolates the adversary.
@@ -70,7 +81,14 @@ class AFT(ERM):
         "aft_attack_steps": Hparam(
             "auto",
             or_auto(number(0, integer=True)),
-            "pixels: 3 PGD steps of 1.5 eps / steps from a random start; features: 0, the closed-form bound",
+            "pixels: 3 PGD steps of 1.5 eps / steps from a random start; features: 0, the closed-form bound, or 10 for "
+            "an adversary a domain",
+        ),
+        "aft_adversary": Hparam(
+            "image",
+            one_of("image", "domain"),
+            "in features: a perturbation an image, or one that all images of a training domain share",
+            is_optional=True,
         ),
         "aft_weight": Hparam(1.0, number(0, 1), "weight of the adversarial loss against the clean one", pick(0.5, 1.0)),
         "aft_target_mix": Hparam(
@@ -98,7 +116,11 @@ class AFT(ERM):
         if hparams["aft_attack"] == "features":
             if norm == "linf":
                 raise UsageError('hyperparameter aft_norm is "linf": an attack on features is measured in "l2"')
-            norm, auto, auto_steps = "l2", 0.025, 0
+            norm, auto, auto_steps = "l2", 0.025, 10 if hparams.get("aft_adversary") == "domain" else 0
+            if auto_steps and steps == 0:
+                raise UsageError("hyperparameter aft_attack_steps is 0: an adversary a domain takes at least 1 step")
+        elif hparams.get("aft_adversary") == "domain":
+            raise UsageError('hyperparameter aft_adversary is "domain": give "aft_attack": "features"')
         else:
             norm = "linf" if norm == "auto" else norm
             auto, auto_steps = (4 / 255 if norm == "linf" else 0.5), 3
@@ -155,11 +177,9 @@ class AFT(ERM):
             seed_everything(facts.args.seed)
             for step, minibatches in enumerate(draw_minibatches(facts, n_steps)):
                 rate = self.hparams["lr"] * get_rate_factor(schedule, step, n_steps)
-                x, y = (torch.cat(parts) for parts in zip(*minibatches, strict=True))
-                features = featurizer(x)
-                targets = self._make_targets(x, features, y)
+                seen = self._look(minibatches, featurizer)
                 for radius, head in heads.items():
-                    loss, _ = self._get_losses(head, radius, x, features, y, targets)
+                    loss, _ = self._get_losses(head, radius, seen)
                     optimizers[radius].param_groups[0]["lr"] = rate
                     optimizers[radius].zero_grad()
                     loss.backward()
@@ -173,28 +193,28 @@ class AFT(ERM):
         self, minibatches: Sequence[tuple[Tensor, Tensor]], unlabeled: Sequence[Tensor] | None = None
     ) -> dict[str, float]:
         """Take one fine-tuning step on a minibatch (x [B, C, H, W], y [B]) of every training domain."""
-        x = torch.cat([x for x, _ in minibatches])
-        y = torch.cat([y for _, y in minibatches])
-
-        features = self._encode(x)
-        targets = self._make_targets(x, features, y)
-        loss, losses = self._get_losses(self.classifier, self.hparams["aft_eps"], x, features, y, targets)
+        seen = self._look(minibatches, self._encode)
+        loss, losses = self._get_losses(self.classifier, self.hparams["aft_eps"], seen)
 
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
         return {"loss": loss.item()} | {name: value.item() for name, value in losses.items()}
 
-    def _get_losses(
-        self, head: nn.Module, eps: float, x: Tensor, features: Tensor, y: Tensor, targets: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def _look(self, minibatches: Sequence[tuple[Tensor, Tensor]], encode: Callable[[Tensor], Tensor]) -> _Seen:
+        x, y = (torch.cat(parts) for parts in zip(*minibatches, strict=True))
+        domains = torch.cat([torch.full_like(y, i) for i, (_, y) in enumerate(minibatches)])
+        features = encode(x)
+        return _Seen(x, features, y, domains, self._make_targets(x, features, y))
+
+    def _get_losses(self, head: nn.Module, eps: float, seen: _Seen) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of a head, and its terms by name."""
         weight = self.hparams["aft_weight"]
         losses = {}
         if weight < 1:
-            losses["clean_loss"] = soft_cross_entropy(head(features), targets)
+            losses["clean_loss"] = soft_cross_entropy(head(seen.features), seen.targets)
         if weight > 0:
-            losses["adversarial_loss"] = self._get_adversarial_loss(head, eps, x, features, y, targets)
+            losses["adversarial_loss"] = self._get_adversarial_loss(head, eps, seen)
         # A weight of 0 or 1 leaves one term, and that one untouched: plain fine-tuning to the last bit.
         if len(losses) == 2:
             return (1 - weight) * losses["clean_loss"] + weight * losses["adversarial_loss"], losses
@@ -213,25 +233,31 @@ class AFT(ERM):
             logits = self.teacher.model.classifier(features) if self.scope == "head" else self.teacher(x)
         return mix_targets(y, logits, self.hparams["aft_target_mix"], self.hparams["aft_target_temperature"])
 
-    def _get_adversarial_loss(
-        self, head: Any, eps: float, x: Tensor, features: Tensor, y: Tensor, targets: Tensor
-    ) -> Tensor:
+    def _get_adversarial_loss(self, head: Any, eps: float, seen: _Seen) -> Tensor:
+        x, features, y, domains, targets = seen
         if eps == 0:
             return soft_cross_entropy(head(features), targets)
         if self.attack == "pixels":
-            x_adv = self._attack(lambda x: head(self.featurizer(x)), x, y, eps)
+            x_adv = self._attack(lambda x: F.cross_entropy(head(self.featurizer(x)), y, reduction="sum"), x, eps)
             return soft_cross_entropy(head(self._encode(x_adv)), targets)
         radius = eps * features.detach().norm(dim=1).mean()
         if self.is_bound:
             return worst_case_linear_loss(head(features), head.weight, targets, radius)
-        delta = self._attack(head, features.detach(), y, radius) - features.detach()
+        known = features.detach()
+        if self.hparams.get("aft_adversary") == "domain":
+            shared = known.new_zeros(int(domains.max()) + 1, known.shape[1])
+            delta = self._attack(
+                lambda d: F.cross_entropy(head(known + d[domains]), y, reduction="sum"), shared, radius
+            )
+            return soft_cross_entropy(head(features + delta[domains]), targets)
+        delta = self._attack(lambda z: F.cross_entropy(head(z), y, reduction="sum"), known, radius) - known
         return soft_cross_entropy(head(features + delta), targets)
 
-    def _attack(self, model: Any, inputs: Tensor, y: Tensor, eps: float | Tensor) -> Tensor:
-        """Maximise the cross-entropy against the label; batch norm stays in evaluation mode meanwhile."""
+    def _attack(self, loss: Callable[[Tensor], Tensor], inputs: Tensor, eps: float | Tensor) -> Tensor:
+        """Maximise a loss, a sum over samples; batch norm stays in evaluation mode meanwhile."""
         with evaluating(self.featurizer):
             return run_pgd(
-                lambda perturbed: F.cross_entropy(model(perturbed), y, reduction="sum"),
+                loss,
                 inputs,
                 eps=eps,
                 norm=self.hparams["aft_norm"],

@@ -161,6 +161,28 @@ def test_features_are_attacked_within_a_share_of_their_mean_norm(bench: Any) -> 
     torch.testing.assert_close(aft.classifier.weight, fine_tune(bench, 3, 0.5, 1.0, perturb).weight)
 
 
+def test_all_images_of_a_domain_can_share_an_adversary(bench: Any) -> None:
+    aft = bench.make("AFT", aft_attack="features", aft_adversary="domain", aft_eps=0.2, **OPTIMIZER)
+    bench.train(aft, 3)
+    generator = torch.Generator().manual_seed(SEED)
+
+    def perturb(features: nn.Module, head: nn.Module, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+        radius = 0.2 * z.square().sum(1).sqrt().mean()
+        domains = list(zip(z.chunk(3), y.chunk(3), strict=True))  # minibatches of three domains are as large
+
+        def add(deltas: Tensor) -> Tensor:
+            losses = [
+                F.cross_entropy(head(z + d), y, reduction="sum") for d, (z, y) in zip(deltas, domains, strict=True)
+            ]
+            return torch.stack(losses).sum()
+
+        deltas = run_pgd(add, z.new_zeros(3, z.shape[1]), eps=radius, norm="l2", steps=10, generator=generator)
+        assert 0 < deltas.norm(dim=1).max() <= radius * (1 + 1e-5)
+        return torch.cat([z + d for d, (z, _) in zip(deltas, domains, strict=True)])
+
+    torch.testing.assert_close(aft.classifier.weight, fine_tune(bench, 3, 0.5, 1.0, perturb).weight)
+
+
 def test_the_bound_is_computed_from_the_head_and_the_features(bench: Any) -> None:
     aft = bench.make("AFT", aft_attack="features", aft_eps=0.1, aft_target_mix=0.5, aft_weight=0.5)
     x, y = (torch.cat(parts) for parts in zip(*bench.draw_minibatches(0), strict=True))
@@ -325,6 +347,8 @@ def test_a_bound_needs_a_linear_head(bench: Any) -> None:
     [
         ({"aft_attack": "features", "aft_norm": "linf"}, 'aft_norm is "linf"'),
         ({"aft_attack_steps": 0}, "aft_attack_steps is 0"),
+        ({"aft_adversary": "domain"}, 'give "aft_attack": "features"'),
+        ({"aft_adversary": "domain", "aft_attack": "features", "aft_attack_steps": 0}, "at least 1 step"),
     ],
 )
 def test_what_cannot_be_is_refused_before_a_teacher_is_made(bench: Any, given: dict[str, Any], message: str) -> None:
