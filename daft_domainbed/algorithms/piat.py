@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -57,8 +58,8 @@ class PIAT(ERM):
         "piat_lambda": Hparam(
             "auto",
             or_auto(number(0)),
-            "weight of the invariance; auto: of texts 1, divided by the places for listmle, by the pairs for pairwise; "
-            "of images 6",
+            "weight of the invariance; auto: of texts 1, of images 6, divided by the places for listmle, by the pairs "
+            "for pairwise",
         ),
         "piat_attack": Hparam(
             "auto",
@@ -95,12 +96,9 @@ class PIAT(ERM):
             raise UsageError(
                 "hyperparameter piat_static: another ranker's embeddings are no embeddings here: use words"
             )
-        weight, steps = hparams["piat_lambda"], hparams["piat_steps"]
-        if weight == "auto":
-            weight = {"pairwise": 1 / 190, "listmle": 1 / 20}.get(hparams["piat_form"], 1.0) if is_text else 6.0
+        steps = hparams["piat_steps"]
         return {
             "piat_attack": attack,
-            "piat_lambda": weight,
             "piat_eps": parse_eps(hparams["piat_eps"], 0.5 if is_text else 8 / 255),
             "piat_steps": (2 if is_text else 10) if steps == "auto" else steps,
         }
@@ -108,6 +106,10 @@ class PIAT(ERM):
     def __init__(self, input_shape: Sequence[int], num_classes: int, num_domains: int, hparams: dict[str, Any]) -> None:
         super().__init__(input_shape, num_classes, num_domains, hparams)
         hparams.update(self.resolve(hparams))
+        if hparams["piat_lambda"] == "auto":
+            weight = 6.0 if hparams["piat_attack"] == "pixels" else 1.0
+            n_terms = {"pairwise": math.comb(num_classes, 2), "listmle": num_classes}  # that these two forms add up
+            hparams["piat_lambda"] = weight / n_terms.get(hparams["piat_form"], 1)
         self.start_generator = torch.Generator().manual_seed(torch.initial_seed())
         self.natural = take_teacher("natural") if hparams["piat_static"] else None
         if hparams["piat_attack"] != "pixels" and find_ranker(self) is None:

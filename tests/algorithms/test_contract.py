@@ -35,4 +35,4 @@ class TestPIATOnDrawings(AlgorithmContract):
     """The classification analogue, with examples made against a natural model."""
 
     algorithm, dataset = "PIAT", "EmojiStyles"
-    hparams: ClassVar[dict[str, Any]] = {"piat_static": True, "piat_steps": 2}
+    hparams: ClassVar[dict[str, Any]] = {"piat_static": True, "piat_steps": 2, "n_views": 1}

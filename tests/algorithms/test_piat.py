@@ -118,6 +118,9 @@ def test_an_update_is_the_step_of_the_formula(texts: Lists, form: str) -> None:
     plain.optimizer.step()
     ours, theirs = (model.classifier.head.weight for model in (piat, plain))  # the bias moves all scores alike
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+    for mine, yours in zip(piat.featurizer.parameters(), plain.featurizer.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, yours.grad, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-6)
 
 
 def test_static_examples_are_made_once_and_against_the_natural_ranker(texts: Lists) -> None:
@@ -143,7 +146,7 @@ def test_static_examples_of_images_are_made_once_too(bench: Any) -> None:
     x, y = (torch.cat(parts) for parts in zip(*bench.draw_minibatches(0), strict=True))
     attacked, _ = piat._attack(x, y)
     clean, moved = (model.eval().predict(images).softmax(1) for images in (x, attacked))
-    assert (clean - moved).abs().amax(1).min() > 0 and (attacked - x).abs().max() <= 8 / 255 / 0.2
+    assert (clean - moved).abs().amax(1).min() > 0 and (attacked - x).abs().max() <= 8 / 255 + 1e-6
     n_asked = natural.n_asked
     bench.train(piat, 1)  # another network now, the same examples
     assert torch.equal(piat._attack(x, y)[0], attacked)
@@ -178,9 +181,20 @@ def test_defaults_depend_on_the_input(bench: Any) -> None:
     found = {
         name: resolve_auto("PIAT", get_defaults(bench.host, "PIAT", name)) for name in ("EmojiStyles", "DocRanking")
     }
-    keys = ("piat_attack", "piat_lambda", "piat_eps", "piat_steps")
-    assert [found["EmojiStyles"][key] for key in keys] == ["pixels", 6.0, 8 / 255, 10]
-    assert [found["DocRanking"][key] for key in keys] == ["words", 1.0, 0.5, 2]
+    keys = ("piat_attack", "piat_eps", "piat_steps")
+    assert [found["EmojiStyles"][key] for key in keys] == ["pixels", 8 / 255, 10]
+    assert [found["DocRanking"][key] for key in keys] == ["words", 0.5, 2]
+
+
+@pytest.mark.parametrize(
+    ("form", "of_images", "of_texts"), [("kl", 6, 1), ("pairwise", 6 / 28, 1 / 190), ("listmle", 6 / 8, 1 / 20)]
+)
+def test_the_weight_is_of_a_pair_or_a_place(
+    bench: Any, texts: Lists, form: str, of_images: float, of_texts: float
+) -> None:
+    assert bench.num_classes == 8
+    assert bench.make("PIAT", piat_form=form).hparams["piat_lambda"] == pytest.approx(of_images)
+    assert texts.make(piat_form=form).hparams["piat_lambda"] == pytest.approx(of_texts)
 
 
 def test_the_natural_model_is_asked_for_by_static_examples_alone() -> None:
