@@ -60,6 +60,7 @@ CASES = (
     Case("ADT", 7 * 5 + 1, 7 * 5 + 1),
     Case("ADT", 2 + 1, 2 + 1, hparams={"adt_family": "amortised", "adt_width": 2}),
     Case("ADT", 2 + 1, 2 + 1, hparams={"adt_family": "implicit", "adt_width": 2}),
+    Case("PIAT", 1 + 10 + 2, 10 + 2),
 )
 
 

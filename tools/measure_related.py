@@ -3,7 +3,8 @@
     python -m tools.measure_related runs/related/at/ce [RUN...] [--device cpu]
 
 Writes measures.json into the folder of each run that has none: of the checkpoint that training-domain validation chose,
-on the in-split of the held-out domain. What is asked depends on the comparison, the second folder below `runs`.
+on the in-split of the held-out domain; of lists, what the last record says. What is asked depends on
+the comparison, the second folder below `runs`.
 """
 
 from __future__ import annotations

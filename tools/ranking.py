@@ -38,6 +38,8 @@ LIST_MEASURES: dict[str, Callable[[Mapping[str, Any]], float]] = {
     "words: success": read_percent("words_success"),
     "words: ranks gained": lambda measures: measures["words_rank_gain"],
     "embeddings: MRR@10": read_percent("embedding_mrr10"),
+    "embeddings: success": read_percent("embedding_success"),
+    "embeddings: ranks gained": lambda measures: measures["embedding_rank_gain"],
     "NDCG@10": read_percent("ndcg10"),
     "BM25: MRR@10": read_percent("bm25_mrr10"),
     "BM25 on words: MRR@10": read_percent("words_bm25_mrr10"),

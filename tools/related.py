@@ -103,10 +103,24 @@ class Comparison:
     Attributes:
         rows: By title, a sweep's folder below runs/related and the algorithm that counts there.
         measures: By title.
+        controls: What every other row is compared with; the first row is compared with every other where none is named.
     """
 
     rows: Mapping[str, tuple[str, str]]
     measures: Mapping[str, Callable[[Measures], float]]
+    controls: tuple[str, ...] = ()
+
+    def list_pairs(self) -> list[tuple[str, str]]:
+        """Return which rows are set against which, each two once."""
+        first, *others = self.rows
+        if not self.controls:
+            return [(first, other) for other in others]
+        return [
+            (row, control)
+            for i, control in enumerate(self.controls)
+            for row in self.rows
+            if row not in self.controls[: i + 1]
+        ]
 
 
 def _make_lambda(value: str) -> Comparison:
@@ -169,6 +183,7 @@ COMPARISONS = {
             "natural": ("piat/natural", "ERM"),
         },
         LIST_MEASURES,
+        controls=("natural", "adversarial"),
     ),
     "piat_images": Comparison(
         {
@@ -179,6 +194,7 @@ COMPARISONS = {
             "natural": ("piat/images_natural", "ERM"),
         },
         {"clean": CLEAN, "PGD-20": PGD},
+        controls=("TRADES", "natural"),
     ),
     "adt": Comparison({"ADT": ("adt", "ADT"), "AT": ("at/ce", "AT")}, {"clean": CLEAN, "PGD-20": PGD, **ATTACKED}),
 }
@@ -218,18 +234,18 @@ class Study:
             cells = [_show_mean(_by_trial(found, read)) for read in comparison.measures.values()]
             seconds = median(run.last["seconds"] for run in found)
             rows.append([title, *cells, f"{found[0].updates:,}", f"{seconds:.0f}"])
-        first, *others = kept
+        pairs = comparison.list_pairs()
         gains = []
-        for other in others:
-            for measure, read in comparison.measures.items():
-                pairs = zip(_by_trial(kept[first], read), _by_trial(kept[other], read), strict=True)
-                gains.append([f"{first} - {other}", measure, *_show_gain([a - b for a, b in pairs])])
+        for measure, read in comparison.measures.items():
+            values = {title: _by_trial(found, read) for title, found in kept.items()}
+            gains.append([measure, *(_show_gain(values[one], values[other]) for one, other in pairs)])
         n = f"n = {len(trials)} trials of {len(keys) // len(trials)} held-out domains"
         return "\n\n".join(
             [
                 f"{n}; mean ± standard error over trials.",
                 make_table(["", *comparison.measures, "updates", "seconds"], rows),
-                make_table(["", "of", "difference [95 % interval]", "p"], gains),
+                "Differences" + (" [95 % interval]" if len(trials) >= FEWEST_TRIALS else "") + ", p:",
+                make_table(["", *(f"{one} - {other}" for one, other in pairs)], gains),
             ]
         )
 
@@ -274,10 +290,11 @@ def _show_mean(values: Sequence[float]) -> str:
     return f"{fmean(values):.2f}" + ("" if error is None else f" ± {error:.2f}")
 
 
-def _show_gain(gains: Sequence[float]) -> list[str]:
+def _show_gain(one: Sequence[float], other: Sequence[float]) -> str:
+    gains = [a - b for a, b in zip(one, other, strict=True)]
     low, high = bootstrap_mean(gains)
     interval = f" [{low:+.2f}, {high:+.2f}]" if len(gains) >= FEWEST_TRIALS else ""
-    return [f"{fmean(gains):+.2f}{interval}", f"{flip_signs(gains):.3f}" if len(gains) > 1 else ""]
+    return f"{fmean(gains):+.2f}{interval}" + (f", {flip_signs(gains):.3f}" if len(gains) > 1 else "")
 
 
 # --- files -------------------------------------------------------------------------------------------------------

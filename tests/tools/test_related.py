@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tools import related
-from tools.related import COMPARISONS, Study, choose_keys, pack, share_worst
+from tools.related import COMPARISONS, Comparison, Study, choose_keys, pack, share_worst
 
 
 def test_page_is_what_the_records_say() -> None:
@@ -52,7 +52,16 @@ def test_a_comparison_pairs_what_all_rows_have(runs: Path) -> None:
     assert lines[0].startswith("n = 5 trials of 2 held-out domains")
     assert "| FAAL | 25.00 ± 0.00 | 37.50 ± 0.00 | 62.50 ± 0.00 | 700 | 12 |" in lines
     assert "| AT, its start | 0.00 ± 0.00 | 37.50 ± 0.00 | 75.00 ± 0.00 | 700 | 12 |" in lines
-    assert "| FAAL - AT, its start | worst class, PGD-20 | +25.00 | 0.062 |" in lines  # five trials: no interval
+    assert "|  | FAAL - AT, its start |" in lines and "Differences, p:" in lines  # five trials: no interval
+    assert "| worst class, PGD-20 | +25.00, 0.062 |" in lines
+
+
+def test_each_row_is_compared_with_the_controls() -> None:
+    rows = dict.fromkeys("abcd", ("", ""))
+    assert Comparison(rows, {}).list_pairs() == [("a", "b"), ("a", "c"), ("a", "d")]
+    assert Comparison(rows, {}, controls=("d", "c")).list_pairs() == [
+        ("a", "d"), ("b", "d"), ("c", "d"), ("a", "c"), ("b", "c"),
+    ]  # fmt: skip
 
 
 def test_what_was_not_run_is_said(runs: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from daft_domainbed.cli import run_command
+from daft_domainbed.training import lists
 from daft_domainbed.training.lists import _compare
 from tools.ranking import LIST_MEASURES, read_list_measures
 
@@ -18,7 +19,8 @@ FLAGS = {"dataset": "DocRanking", "test_envs": [2], "steps": 2, "checkpoint_freq
 
 
 @pytest.fixture
-def run(tiny: Any, few_lists: None) -> Path:
+def run(tiny: Any, few_lists: None, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(lists, "N_ATTACKED", 16)  # all of the in-split: clean and attacked lists are the same
     return tiny.train("lists", {"backbone": "ranker_w4", "batch_size": 2}, algorithm="ERM", **FLAGS)
 
 
@@ -34,7 +36,7 @@ def test_records_hold_the_measures_of_held_out_lists(run: Path, records: Any) ->
     }
     assert all(0 <= last[name] <= 1 for name in names if not name.endswith(("rank_gain", "replaced")))
     assert last["env2_in_acc"] <= last["env2_in_mrr10"]
-    assert last["env2_in_embedding_mrr10"] <= last["env2_in_mrr10"] + 0.5
+    assert last["env2_in_embedding_mrr10"] <= last["env2_in_mrr10"]
     assert first["env2_in_bm25_mrr10"] == last["env2_in_bm25_mrr10"] > 0.5
     assert not [name for name in last if re.fullmatch(r"env(?!2)\d_(in|out)_(?!acc).*", name)]
 
