@@ -131,6 +131,16 @@ def list_slots(algorithm: str, hparams: Mapping[str, Any] | None = None) -> list
     return [slot for slot in find_method(algorithm).slots if not slot.asked_by or (hparams or {}).get(slot.asked_by)]
 
 
+def ask_for_slots(algorithm: str) -> dict[str, bool]:
+    """Return the hyperparameters that an algorithm's further slots are asked for by, each set.
+
+    Example:
+        >>> ask_for_slots("PIAT"), ask_for_slots("DAFT")
+        ({'piat_static': True}, {})
+    """
+    return {slot.asked_by: True for slot in find_method(algorithm).slots if slot.asked_by}
+
+
 def list_stages(algorithm: str, hparams: Mapping[str, Any] | None = None) -> list[str]:
     """Return an algorithm and those that make its teachers.
 

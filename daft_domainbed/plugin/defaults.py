@@ -25,7 +25,7 @@ from daft_domainbed.hparams import (
     or_word,
     split_hparams,
 )
-from daft_domainbed.methods import METHODS, PLAIN, Slot, find_method, list_ours, list_slots, load_class
+from daft_domainbed.methods import METHODS, PLAIN, Slot, ask_for_slots, find_method, list_ours, list_slots, load_class
 from daft_domainbed.models.weights import to_plain
 from daft_domainbed.plugin.registry import REGISTRY, Pairs
 
@@ -91,6 +91,7 @@ FOLDER: dict[str, Hparam] = {
 def list_slot_hparams(slot: Slot) -> dict[str, Hparam]:
     """Return the hyperparameters that name or describe the model of a slot."""
     name, of = slot.prefix, f"of the {slot.prefix.replace('_', ' ')}"
+    of += "" if of.endswith("teacher") else " model"
     made = f"`{name}_backbone` with `{name}_weights`" if slot.kind is None else "found in the store, else trained there"
     if slot.described_by:
         which = f"where {slot.asked_by} asks for it: "
@@ -174,9 +175,27 @@ def list_host_hparams() -> set[str]:
 
 
 def list_owners(name: str) -> list[str]:
-    """Return our methods that have a hyperparameter, where not all of them have."""
-    owners = [algorithm for algorithm in list_ours() if name in list_hparams(algorithm)]
-    return sorted(owners) if name not in NETWORK | ENGINE | FOLDER else []
+    """Return our methods that have a hyperparameter, where not all of them have, and what else it takes."""
+    owners = []
+    for algorithm in sorted(list_ours()) if name not in NETWORK | ENGINE | FOLDER else ():
+        if name in list_hparams(algorithm):
+            owners.append(algorithm)
+        else:
+            owners += [f"{algorithm} with {key}" for key in find_askers(algorithm, name)]
+    return owners
+
+
+def find_askers(algorithm: str, name: str) -> list[str]:
+    """Return the hyperparameters that have to be set for a method to have another one.
+
+    Example:
+        >>> find_askers("PIAT", "natural_steps"), find_askers("PIAT", "piat_form")
+        (['piat_static'], [])
+    """
+    asking = ask_for_slots(algorithm)
+    if name in list_hparams(algorithm):
+        return []
+    return [key for key, value in asking.items() if name in list_hparams(algorithm, {key: value})]
 
 
 def get_default_hparams(host: Host, algorithm: str, dataset: DatasetFacts) -> dict[str, Any]:

@@ -57,19 +57,20 @@ def describe(name: str, dataset: str) -> dict[str, Any]:
         UsageError: There is no such data set.
     """
     from daft_domainbed.host.contract import describe_dataset, find_host
-    from daft_domainbed.methods import list_slots, load_class
+    from daft_domainbed.methods import ask_for_slots, load_class
     from daft_domainbed.plugin.defaults import get_known_hparams, list_hparams
     from daft_domainbed.plugin.registration import register
 
     host = find_host()
     register(host)
     method = METHODS[name]
-    defaults = get_known_hparams(host, name, describe_dataset(host, dataset, {}))
-    hparams = {key: hparam for key, hparam in list_hparams(name).items() if key in defaults}
+    asked = ask_for_slots(name)
+    defaults = get_known_hparams(host, name, describe_dataset(host, dataset, {}), asked)
+    hparams = {key: hparam for key, hparam in list_hparams(name, asked).items() if key in defaults}
     return {
         "name": name,
         "source": getattr(load_class(name), "SOURCE", "") if method.is_ours else "the host's own (Vapnik, 1998)",
-        "slots": [{"prefix": slot.prefix, "kind": slot.kind} for slot in list_slots(name)],
+        "slots": [{"prefix": slot.prefix, "kind": slot.kind, "asked_by": slot.asked_by} for slot in method.slots],
         "hparams": {
             key: {
                 "default": defaults[key],
@@ -84,17 +85,21 @@ def describe(name: str, dataset: str) -> dict[str, Any]:
 def _format_list(described: Sequence[dict[str, Any]]) -> str:
     rows = [("method", "learns from", "source")]
     for method in described:
-        slots = ", ".join(f"{slot['prefix']}: {slot['kind'] or 'pretrained'}" for slot in method["slots"])
-        rows.append((method["name"], slots or "-", method["source"] or "-"))
+        rows.append((method["name"], ", ".join(map(_format_slot, method["slots"])) or "-", method["source"] or "-"))
     widths = [max(len(row[i]) for row in rows) for i in range(2)]
     return "\n".join(f"{name:<{widths[0]}}  {slots:<{widths[1]}}  {source}" for name, slots, source in rows)
+
+
+def _format_slot(slot: dict[str, Any]) -> str:
+    asked = f" with {slot['asked_by']}" if slot["asked_by"] else ""
+    return f"{slot['prefix']}: {slot['kind'] or 'any pretrained network'}{asked}"
 
 
 def _format_method(method: dict[str, Any], dataset: str) -> str:
     from daft_domainbed.plugin.defaults import get_hparams
 
     lines = [": ".join(filter(None, [method["name"], method["source"]]))]
-    lines += [f"learns from {slot['prefix']}: {slot['kind'] or 'any pretrained network'}" for slot in method["slots"]]
+    lines += [f"learns from {_format_slot(slot)}" for slot in method["slots"]]
     rows = [("hyperparameter", f"default on {dataset}", "random draw", "meaning")]
     for name, hparam in method["hparams"].items():
         rows.append((name, json.dumps(hparam["default"]), hparam["draw"] or "fixed", hparam["meaning"]))

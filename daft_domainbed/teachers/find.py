@@ -60,7 +60,7 @@ def _find(slot: Slot, facts: RunFacts, make: Make) -> Teacher:
         path = _search(slot, path, facts)
     content = load_checkpoint(path)
     check_kind(facts.args.algorithm, slot, content, path)
-    verify(content, path, facts, is_auto=where == "auto")
+    verify(content, path, facts, slot.prefix, is_auto=where == "auto")
     model = rebuild_model(content, path, facts.host)
     if bad := find_non_finite(model.state_dict()):
         raise UsageError(f"teacher {path}: its weights {bad} are no numbers, so its training diverged: make it again")
@@ -108,7 +108,7 @@ def _search(slot: Slot, folder: Path, facts: RunFacts) -> Path:
             content = load_checkpoint(path)
             check_kind(facts.args.algorithm, slot, content, path)
             _refuse_student(slot, content, path, facts)
-            verify(content, path, facts)
+            verify(content, path, facts, slot.prefix)
         except UsageError as error:
             reasons.append(str(error))
             continue

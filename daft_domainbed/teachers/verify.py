@@ -52,13 +52,16 @@ def check_kind(algorithm: str, slot: Slot, content: Mapping[str, Any], path: Pat
         )
 
 
-def verify(content: Mapping[str, Any], path: Path, facts: RunFacts, *, is_auto: bool = False) -> None:
+def verify(
+    content: Mapping[str, Any], path: Path, facts: RunFacts, slot: str = "teacher", *, is_auto: bool = False
+) -> None:
     """Refuse a teacher whose provenance is not the run's.
 
     Args:
         content: Of its checkpoint.
         path: Where that lies.
         facts: Of the run.
+        slot: Prefix of the slot that it is for.
         is_auto: Whether the store has it under the name that the run computed.
 
     Raises:
@@ -74,7 +77,7 @@ def verify(content: Mapping[str, Any], path: Path, facts: RunFacts, *, is_auto: 
         return
     differences = provenance.compare(theirs, facts.provenance)
     if differences:
-        advice = f"Delete {path.parent}" if is_auto else 'Name another, or let "teacher": "auto" make the right one'
+        advice = f"Delete {path.parent}" if is_auto else f'Name another, or let "{slot}": "auto" make the right one'
         raise UsageError(
             f"teacher {path} was not trained on this run's data, so it may know the held-out domains: "
             f"{'; '.join(differences)}. {advice}"

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
@@ -33,7 +33,7 @@ from daft_domainbed.training import resume
 from daft_domainbed.training.averaging import WeightAverage
 from daft_domainbed.training.mirror import Mirror
 from daft_domainbed.training.prepare import Prepared
-from daft_domainbed.training.run_folder import Log, format_row, keep_records
+from daft_domainbed.training.run_folder import COLUMN_WIDTH, Log, format_row, keep_records
 
 
 @dataclass
@@ -162,7 +162,9 @@ class Recorder:
         return {"size": dict(self.sizes[name])} if self.sizes.get(name) else {}
 
     def _print_row(self, record: Mapping[str, Any]) -> None:
-        keys = sorted(record)
+        # Names are cut to a column's width, as DomainBed's are: those that look alike then stand in the records alone.
+        shown = Counter(name[:COLUMN_WIDTH] for name in record)
+        keys = sorted(name for name in record if shown[name[:COLUMN_WIDTH]] == 1)
         if keys != self.printed_keys:
             self.log.write(format_row(keys))
             self.printed_keys = keys

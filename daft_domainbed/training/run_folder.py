@@ -14,7 +14,7 @@ from daft_domainbed.models import weights
 from daft_domainbed.runtime import files
 from daft_domainbed.runtime.layout import DONE_FILE, RECORDS_FILE, RESUME_FILE, read_first_record
 
-_COLUMN_WIDTH = 12
+COLUMN_WIDTH = 12
 
 
 def read_unfinished(args: TrainArgs, folder: Path) -> dict[str, Any] | None:
@@ -110,4 +110,4 @@ class Log:
 def format_row(row: Sequence[Any]) -> str:
     """Return numbers and names in DomainBed's columns."""
     cells = [f"{value:.10f}" if isinstance(value, float) else str(value) for value in row]
-    return "  ".join(cell.ljust(_COLUMN_WIDTH)[:_COLUMN_WIDTH] for cell in cells)
+    return "  ".join(cell.ljust(COLUMN_WIDTH)[:COLUMN_WIDTH] for cell in cells)

@@ -41,6 +41,11 @@ def test_records_hold_the_measures_of_held_out_lists(run: Path, records: Any) ->
     assert not [name for name in last if re.fullmatch(r"env(?!2)\d_(in|out)_(?!acc).*", name)]
 
 
+def test_what_a_column_cannot_tell_apart_is_not_printed(run: Path) -> None:
+    printed = (run / "out.txt").read_text()
+    assert "env2_in_acc" in printed and "env2_in_mrr1" in printed and "env2_in_bm25" not in printed
+
+
 def test_the_comparison_reads_them(run: Path, tiny: Any) -> None:
     measures = read_list_measures(run)
     assert measures is not None and (measures["algorithm"], measures["env"]) == ("ERM", 2)
