@@ -11,14 +11,8 @@ from numpy.random import RandomState
 from daft_domainbed.errors import UsageError, suggest
 from daft_domainbed.hparams import Hparam
 from daft_domainbed.methods import METHODS, Slot, list_stages, load_class
-from daft_domainbed.plugin.defaults import (
-    ENGINE,
-    FOLDER,
-    NETWORK,
-    get_hparams,
-    list_host_hparams,
-    list_slot_hparams,
-)
+from daft_domainbed.plugin.defaults import get_hparams, list_host_hparams
+from daft_domainbed.plugin.shared_hparams import ENGINE, FOLDER, NETWORK, list_slot_hparams
 
 _N_DRAWS = 20  # of each hyperparameter, to see whether they are legal
 

@@ -70,7 +70,10 @@ def describe(name: str, dataset: str) -> dict[str, Any]:
     return {
         "name": name,
         "source": getattr(load_class(name), "SOURCE", "") if method.is_ours else "the host's own (Vapnik, 1998)",
-        "slots": [{"prefix": slot.prefix, "kind": slot.kind, "asked_by": slot.asked_by} for slot in method.slots],
+        "slots": [
+            {"prefix": slot.prefix, "kind": slot.kind} | ({"asked_by": slot.asked_by} if slot.asked_by else {})
+            for slot in method.slots
+        ],
         "hparams": {
             key: {
                 "default": defaults[key],
@@ -91,7 +94,7 @@ def _format_list(described: Sequence[dict[str, Any]]) -> str:
 
 
 def _format_slot(slot: dict[str, Any]) -> str:
-    asked = f" with {slot['asked_by']}" if slot["asked_by"] else ""
+    asked = f" with {slot['asked_by']}" if "asked_by" in slot else ""
     return f"{slot['prefix']}: {slot['kind'] or 'any pretrained network'}{asked}"
 
 

@@ -9,7 +9,7 @@ import pytest
 from daft_domainbed import plugin
 from daft_domainbed.host import contract
 from daft_domainbed.hparams import Hparam, is_text, pick
-from daft_domainbed.methods import METHODS, Method, Slot
+from daft_domainbed.methods import METHODS, Method, Slot, ask_for_slots
 from daft_domainbed.plugin.defaults import list_hparams
 from tools import pages
 
@@ -34,7 +34,9 @@ def test_page_is_what_the_rows_say() -> None:
 
 def test_every_hyperparameter_has_a_row(host: contract.Host) -> None:
     rows = read_rows(pages.make_table(host))
-    assert rows.keys() == {name for method in METHODS for name in list_hparams(method)}
+    assert rows.keys() == {name for method in METHODS for name in list_hparams(method, ask_for_slots(method))}
+    assert rows["natural"][0] == "PIAT (piat_static)"
+    assert rows["aft_steps"][0] == "KD (kd_match) DAFT"
     assert rows["kd_weight"][:3] == ["KD DAFT", "0.9", "`U[0.5, 1]`"]
     assert rows["backbone"][:3] == ["all but AFT CaRot FAAL", "EmojiStyles: `resnet8_w8`, PACS: `default`", "fixed"]
     assert rows["input_size"][:2] == ["all", "224"]
