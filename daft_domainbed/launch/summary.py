@@ -144,8 +144,16 @@ def list_size_warnings(jobs: Sequence[Job]) -> list[str]:
         if job.stage != STUDENT or key in warned or not find_method(job.args.algorithm).has_own_architecture:
             continue
         own = _measure(job) if needs else {}
-        warned[key] = next((line for need in needs if (line := compare_sizes(key[1], own, _measure(need)))), "")
+        lines = (compare_sizes(key[1], own, _measure(_find_first(need, by_folder))) for need in needs)
+        warned[key] = next(filter(None, lines), "")
     return [f"{dataset}: {line}" for (dataset, _), line in warned.items() if line]
+
+
+def _find_first(job: Job, by_folder: Mapping[str, Job]) -> Job:
+    """Return the job whose network a job has: its own, or that of the model that it starts from."""
+    if find_method(job.args.algorithm).has_own_architecture or not job.needs or job.needs[0] not in by_folder:
+        return job
+    return _find_first(by_folder[job.needs[0]], by_folder)
 
 
 def measure_folder(folder: Path) -> int:

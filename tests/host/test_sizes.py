@@ -53,3 +53,16 @@ def test_a_sweep_warns_once_for_each_method(tmp_path: Any) -> None:
         "Debug28: the student of KD is not the smaller one: 0.020 M parameters, its teacher 0.005 M"
     )
     assert list_size_warnings(make_plan(make_sweep(tmp_path, "KD"))) == []
+
+
+def test_a_fine_tuned_teacher_has_the_network_that_it_starts_from(tmp_path: Any) -> None:
+    """DAFT's teacher is AFT's, and what is described is the ERM network below."""
+    small = {"backbone": "resnet8_w8"}
+    assert (
+        list_size_warnings(make_plan(make_sweep(tmp_path, "DAFT", user=small | {"teacher_backbone": "resnet8_w9"})))
+        == []
+    )
+    (warning,) = list_size_warnings(
+        make_plan(make_sweep(tmp_path, "DAFT", user=small | {"teacher_backbone": "resnet8_w7"}))
+    )
+    assert "the student of DAFT is not the smaller one" in warning
