@@ -87,7 +87,7 @@ CASES = [
     Case(
         "piat_images",
         {"dataset": "EmojiStyles", "test_envs": [3], "algorithm": "PIAT"},
-        {"backbone": "resnet8_w2", "natural": "ERM", "piat_static": True, "piat_steps": 2, "n_views": 1},
+        {"backbone": "resnet8_w2", "natural": "ERM", "piat_static": True, "piat_steps": 2},
         needs_runner=True,
     ),
     Case(
