@@ -50,6 +50,17 @@ def make_axis(label: str, values: Sequence[float], step: float) -> Axis:
     return Axis(label, [(i * step, f"{i * step:g}") for i in range(first, max(last, first + 1) + 1)])
 
 
+def fit_axis(label: str, series: Sequence[Series], step: float) -> Axis:
+    """Return an axis that holds 0 and all points of some series with their intervals.
+
+    Example:
+        >>> fit_axis("points", [Series("a", [Point(0, 0.4, -1.2, 0.9)])], 1.0).ticks[0]
+        (-2.0, '-2')
+    """
+    ends = [end for line in series for point in line.points for end in (point.y, point.low, point.high)]
+    return make_axis(label, [0.0, *(end for end in ends if end is not None)], step)
+
+
 def draw_chart(title: str, x: Axis, y: Axis, series: Sequence[Series]) -> str:
     """Return a chart as the text of an SVG file, without any script or style of elsewhere."""
     put_x, put_y = _scale(x, LEFT, RIGHT), _scale(y, BOTTOM, TOP)

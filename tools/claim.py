@@ -20,7 +20,7 @@ from daft_domainbed.errors import RunError
 from daft_domainbed.results.statistics import adjust_holm
 from daft_domainbed.runtime.layout import DONE_FILE, RECORDS_FILE
 from tools.archives import open_archive, write_archive
-from tools.charts import Axis, Point, Series, draw_chart, make_axis
+from tools.charts import Axis, Point, Series, draw_chart, fit_axis, make_axis
 from tools.pretrained import show_study
 from tools.study import (
     MEASURES,
@@ -96,8 +96,7 @@ def draw_sizes(study: Study, widths: Sequence[int]) -> str:
             assert entry.gain is not None
             points.append(Point(math.log2(width) + shift, entry.gain, *(entry.interval or (None, None))))
         series.append(Series(name, points))
-    ends = [value for line in series for point in line.points for value in (point.y, point.low, point.high)]
-    y = make_axis("gain in points", [0.0, *(value for value in ends if value is not None)], 1.0)
+    y = fit_axis("gain in points", series, 1.0)
     return draw_chart("Gain in held-out accuracy against the student's width", x, y, series)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from daft_domainbed.host.contract import Host, describe_dataset, find_host
 from daft_domainbed.hparams import Hparam
 from daft_domainbed.methods import METHODS, ask_for_slots
-from daft_domainbed.plugin.defaults import find_askers, get_known_hparams, list_hparams
+from daft_domainbed.plugin.defaults import get_known_hparams, list_hparams
 from daft_domainbed.plugin.registration import register
 from tools.marked_tables import fill_tables
 
@@ -31,12 +31,12 @@ def make_table(host: Host) -> str:
         host: Registered.
     """
     hparams: dict[str, Hparam] = {}
-    owners: dict[str, dict[str, list[str]]] = {}  # the methods by name, each with what has to be set beside it
-    for method in METHODS:
-        for name, hparam in list_hparams(method, ask_for_slots(method)).items():
-            if name not in hparams or find_askers(next(iter(owners[name])), name):
-                hparams[name] = hparam
-            owners.setdefault(name, {})[method] = find_askers(method, name)
+    owners: dict[str, dict[str, str]] = {}  # the methods by name, each with what has to be set beside it
+    asking = [(method, "") for method in METHODS] + [(m, key) for m in METHODS for key in ask_for_slots(m)]
+    for method, key in asking:
+        for name, hparam in list_hparams(method, {key: True}).items():
+            hparams.setdefault(name, hparam)
+            owners.setdefault(name, {}).setdefault(method, key)
     rows = [("name", "of", "default", "random draw", "meaning"), ("---",) * 5]
     for name, hparam in sorted(hparams.items(), key=lambda item: -len(owners[item[0]])):  # the most common first
         default = _show_default(name, hparam, next(iter(owners[name])), host)
@@ -45,10 +45,11 @@ def make_table(host: Host) -> str:
     return "".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |\n" for row in rows)
 
 
-def _show_owners(owners: Mapping[str, Sequence[str]]) -> str:
+def _show_owners(owners: Mapping[str, str]) -> str:
     others = [method for method in METHODS if method not in owners]
     if len(others) >= len(owners):
-        return " ".join(f"{method} ({', '.join(asked)})" if asked else method for method, asked in owners.items())
+        ordered = [method for method in METHODS if method in owners]
+        return " ".join(f"{method} ({owners[method]})" if owners[method] else method for method in ordered)
     return f"all but {' '.join(others)}" if others else "all"
 
 

@@ -14,7 +14,7 @@ import jinja2
 from daft_domainbed.results.comparison import FEWEST_TRIALS
 from daft_domainbed.results.statistics import bootstrap_mean, mean
 from daft_domainbed.runtime.layout import TEACHERS_FOLDER
-from tools.charts import Axis, Point, Series, draw_chart, make_axis
+from tools.charts import Axis, Point, Series, draw_chart, fit_axis
 from tools.proof import check_records
 from tools.study import (
     Study,
@@ -214,10 +214,9 @@ def draw_teachers(groups: Groups) -> str:
             ends = (interval[0] / unit, interval[1] / unit) if interval else (None, None)
             points.append(Point(place + 0.15 * (i - (len(names) - 1) / 2), gain / unit, *ends))
         series.append(Series(name, points, is_line=False))
-    reached = [end for line in series for point in line.points for end in (point.y, point.low, point.high)]
     # Half a place free on either side, by ticks without a text.
     ticks = [(-0.5, ""), *((float(place), key) for place, key in enumerate(_MEASURED)), (len(_MEASURED) - 0.5, "")]
-    y = make_axis("more than the ERM teacher has", [0.0, *(end for end in reached if end is not None)], 0.05)
+    y = fit_axis("more than the ERM teacher has", series, 0.05)
     return draw_chart("What fine-tuning changes in the teacher", Axis("", ticks), y, series)
 
 

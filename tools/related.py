@@ -229,16 +229,18 @@ class Study:
             return "Not run yet: no trial that all rows have."
         kept = {title: [found[key] for key in keys] for title, found in runs.items()}
         trials = sorted({trial for trial, _ in keys})
+        measures = comparison.measures.items()
+        values = {title: {name: _by_trial(found, read) for name, read in measures} for title, found in kept.items()}
         rows = []
         for title, found in kept.items():
-            cells = [_show_mean(_by_trial(found, read)) for read in comparison.measures.values()]
+            cells = [_show_mean(numbers) for numbers in values[title].values()]
             seconds = median(run.last["seconds"] for run in found)
             rows.append([title, *cells, f"{found[0].updates:,}", f"{seconds:.0f}"])
         pairs = comparison.list_pairs()
-        gains = []
-        for measure, read in comparison.measures.items():
-            values = {title: _by_trial(found, read) for title, found in kept.items()}
-            gains.append([measure, *(_show_gain(values[one], values[other]) for one, other in pairs)])
+        gains = [
+            [name, *(_show_gain(values[one][name], values[other][name]) for one, other in pairs)]
+            for name in comparison.measures
+        ]
         n = f"n = {len(trials)} trials of {len(keys) // len(trials)} held-out domains"
         return "\n\n".join(
             [

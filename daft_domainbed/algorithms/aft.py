@@ -31,13 +31,13 @@ RADII = (0.0, 0.025, 0.05, 0.1, 0.2, 0.3, 0.4)
 
 
 class _Seen(NamedTuple):
-    """Images, [B, C, H, W], their features, [B, D], labels and numbers of their domains, [B], and targets, [B, K]."""
+    """Images, [B, C, H, W], their features, [B, D], labels, [B], targets, [B, K], and how many each domain has."""
 
     x: Tensor
     features: Tensor
     y: Tensor
-    domains: Tensor
     targets: Tensor
+    sizes: Sequence[int]
 
 
 class AFT(ERM):
@@ -108,6 +108,7 @@ class AFT(ERM):
             UsageError: The norm does not go with the attack.
         """
         norm, steps, eps = hparams["aft_norm"], hparams["aft_attack_steps"], hparams["aft_eps"]
+        is_shared = hparams.get("aft_adversary") == "domain"
         if eps == "validated" and (hparams["aft_attack"], hparams["aft_scope"]) != ("features", "head"):
             raise UsageError(
                 'hyperparameter aft_eps is "validated": radii are compared for "aft_attack": "features" on '
@@ -116,10 +117,10 @@ class AFT(ERM):
         if hparams["aft_attack"] == "features":
             if norm == "linf":
                 raise UsageError('hyperparameter aft_norm is "linf": an attack on features is measured in "l2"')
-            norm, auto, auto_steps = "l2", 0.025, 10 if hparams.get("aft_adversary") == "domain" else 0
-            if auto_steps and steps == 0:
+            norm, auto, auto_steps = "l2", 0.025, 10 if is_shared else 0
+            if is_shared and steps == 0:
                 raise UsageError("hyperparameter aft_attack_steps is 0: an adversary a domain takes at least 1 step")
-        elif hparams.get("aft_adversary") == "domain":
+        elif is_shared:
             raise UsageError('hyperparameter aft_adversary is "domain": give "aft_attack": "features"')
         else:
             norm = "linf" if norm == "auto" else norm
@@ -203,9 +204,8 @@ class AFT(ERM):
 
     def _look(self, minibatches: Sequence[tuple[Tensor, Tensor]], encode: Callable[[Tensor], Tensor]) -> _Seen:
         x, y = (torch.cat(parts) for parts in zip(*minibatches, strict=True))
-        domains = torch.cat([torch.full_like(y, i) for i, (_, y) in enumerate(minibatches)])
         features = encode(x)
-        return _Seen(x, features, y, domains, self._make_targets(x, features, y))
+        return _Seen(x, features, y, self._make_targets(x, features, y), [len(y) for _, y in minibatches])
 
     def _get_losses(self, head: nn.Module, eps: float, seen: _Seen) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of a head, and its terms by name."""
@@ -234,30 +234,29 @@ class AFT(ERM):
         return mix_targets(y, logits, self.hparams["aft_target_mix"], self.hparams["aft_target_temperature"])
 
     def _get_adversarial_loss(self, head: Any, eps: float, seen: _Seen) -> Tensor:
-        x, features, y, domains, targets = seen
+        x, features, y, targets, sizes = seen
         if eps == 0:
             return soft_cross_entropy(head(features), targets)
         if self.attack == "pixels":
-            x_adv = self._attack(lambda x: F.cross_entropy(head(self.featurizer(x)), y, reduction="sum"), x, eps)
+            x_adv = self._attack(lambda x: head(self.featurizer(x)), x, y, eps)
             return soft_cross_entropy(head(self._encode(x_adv)), targets)
         radius = eps * features.detach().norm(dim=1).mean()
         if self.is_bound:
             return worst_case_linear_loss(head(features), head.weight, targets, radius)
         known = features.detach()
         if self.hparams.get("aft_adversary") == "domain":
-            shared = known.new_zeros(int(domains.max()) + 1, known.shape[1])
-            delta = self._attack(
-                lambda d: F.cross_entropy(head(known + d[domains]), y, reduction="sum"), shared, radius
-            )
-            return soft_cross_entropy(head(features + delta[domains]), targets)
-        delta = self._attack(lambda z: F.cross_entropy(head(z), y, reduction="sum"), known, radius) - known
+            domains = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(y.device)
+            start = known.new_zeros(len(sizes), known.shape[1])
+            delta = self._attack(lambda shared: head(known + shared[domains]), start, y, radius)[domains]
+        else:
+            delta = self._attack(head, known, y, radius) - known
         return soft_cross_entropy(head(features + delta), targets)
 
-    def _attack(self, loss: Callable[[Tensor], Tensor], inputs: Tensor, eps: float | Tensor) -> Tensor:
-        """Maximise a loss, a sum over samples; batch norm stays in evaluation mode meanwhile."""
+    def _attack(self, model: Any, inputs: Tensor, y: Tensor, eps: float | Tensor) -> Tensor:
+        """Maximise the cross-entropy against the label; batch norm stays in evaluation mode meanwhile."""
         with evaluating(self.featurizer):
             return run_pgd(
-                loss,
+                lambda perturbed: F.cross_entropy(model(perturbed), y, reduction="sum"),
                 inputs,
                 eps=eps,
                 norm=self.hparams["aft_norm"],

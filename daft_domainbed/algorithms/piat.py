@@ -49,7 +49,7 @@ class PIAT(ERM):
         Of images, "kl" with examples made on line is TRADES: `AT` with `at_loss` "trades" and `at_beta` piat_lambda.
     """
 
-    rebuilt = ("memory", "synonyms", "start")  # nothing that a resumed run would miss
+    rebuilt = ("memory", "synonyms")  # nothing that a resumed run would miss
     SOURCE = "Liu et al., 2024, AAAI, arXiv 2312.10329; its code has no training loss: what is ours is on its page"
     HPARAMS: ClassVar[dict[str, Hparam]] = {
         "piat_form": Hparam(
@@ -117,9 +117,6 @@ class PIAT(ERM):
                 f"hyperparameter backbone is {hparams.get('backbone')}: PIAT attacks texts in 'ranker_w<N>'"
             )
         self.memory = FeatureMemory()
-        # One start for all static examples, so that an image's does not depend on when it comes.
-        generator = torch.Generator().manual_seed(torch.initial_seed())
-        self.start = draw_noise(torch.empty(1, *input_shape), generator)
         self.synonyms = find_synonyms(list_source_documents()) if hparams["piat_attack"] == "words" else None
 
     def update(
@@ -160,7 +157,8 @@ class PIAT(ERM):
         self.natural.follow(x)
         # Each image and each list is attacked once, whenever it comes.
         if attack == "pixels":
-            start = self.start.to(x)
+            # From one start for all, so that an image's example does not depend on when it comes.
+            start = draw_noise(x[:1], torch.Generator().manual_seed(self.start_generator.initial_seed()))
             return self.memory.recall(x, lambda rows: self._move_pixels(rows, model, start.expand_as(rows))), None
         labelled = torch.cat([x.flatten(1), y[:, None]], dim=1)
         attacked = self.memory.recall(

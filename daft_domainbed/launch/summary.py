@@ -92,6 +92,7 @@ def estimate_seconds_left(jobs: Sequence[Job], states: Mapping[str, State]) -> f
 
 def format_disk(root: Path, jobs: Sequence[Job], states: Mapping[str, State]) -> str:
     """Return the disk in use and what it may come to, from finished jobs of each kind, else from their weights."""
+    by_folder = {job.folder: job for job in jobs}
     sizes = {job.folder: measure_folder(root / job.folder) for job in jobs}
     done: dict[str, list[int]] = defaultdict(list)
     for job in jobs:
@@ -105,7 +106,7 @@ def format_disk(root: Path, jobs: Sequence[Job], states: Mapping[str, State]) ->
         if known := done[kind]:
             expected[kind] = sum(known) / len(known)
         else:
-            weights = 0 if job.args.skip_model_save or job.stage in QUESTIONS else _count_weights(job)
+            weights = 0 if job.args.skip_model_save or job.stage in QUESTIONS else _count_weights(job, by_folder)
             # Two checkpoints, model.pkl and model_best.pkl, of four bytes a weight.
             expected[kind] = math.nan if weights is None else 8.0 * weights
     used = sum(sizes.values())
@@ -121,12 +122,16 @@ def format_disk(root: Path, jobs: Sequence[Job], states: Mapping[str, State]) ->
     return text
 
 
-def _count_weights(job: Job) -> int | None:
+def _count_weights(job: Job, by_folder: Mapping[str, Job]) -> int | None:
     """Return how many parameters a job's model has, or None where it cannot be built without its data."""
-    return _measure(job).get("parameters")
+    return _measure(job, by_folder).get("parameters")
 
 
-def _measure(job: Job) -> dict[str, int]:
+def _measure(job: Job, by_folder: Mapping[str, Job]) -> dict[str, int]:
+    """Return how large the network of a job is: its own, or that of the model that it starts from."""
+    starts = [] if find_method(job.args.algorithm).has_own_architecture else job.needs[:1]
+    if starts and starts[0] in by_folder:
+        return _measure(by_folder[starts[0]], by_folder)
     try:
         run = prepare(job.args)
     except (UsageError, OSError):  # its data may have moved, and an estimate is not worth a failure
@@ -143,17 +148,10 @@ def list_size_warnings(jobs: Sequence[Job]) -> list[str]:
         needs = [by_folder[need] for need in job.needs if need in by_folder]
         if job.stage != STUDENT or key in warned or not find_method(job.args.algorithm).has_own_architecture:
             continue
-        own = _measure(job) if needs else {}
-        lines = (compare_sizes(key[1], own, _measure(_find_first(need, by_folder))) for need in needs)
+        own = _measure(job, by_folder) if needs else {}
+        lines = (compare_sizes(key[1], own, _measure(need, by_folder)) for need in needs)
         warned[key] = next(filter(None, lines), "")
     return [f"{dataset}: {line}" for (dataset, _), line in warned.items() if line]
-
-
-def _find_first(job: Job, by_folder: Mapping[str, Job]) -> Job:
-    """Return the job whose network a job has: its own, or that of the model that it starts from."""
-    if find_method(job.args.algorithm).has_own_architecture or not job.needs or job.needs[0] not in by_folder:
-        return job
-    return _find_first(by_folder[job.needs[0]], by_folder)
 
 
 def measure_folder(folder: Path) -> int:

@@ -12,12 +12,7 @@ import numpy as np
 from daft_domainbed.embedded import hparams_registry
 from daft_domainbed.errors import UsageError, suggest
 from daft_domainbed.host.contract import DatasetFacts, Host
-from daft_domainbed.hparams import (
-    Hparam,
-    check_names,
-    check_values,
-    split_hparams,
-)
+from daft_domainbed.hparams import Hparam, check_names, check_values, split_hparams
 from daft_domainbed.methods import METHODS, PLAIN, ask_for_slots, find_method, list_ours, list_slots, load_class
 from daft_domainbed.models.weights import to_plain
 from daft_domainbed.plugin.registry import REGISTRY, Pairs
@@ -72,27 +67,20 @@ def list_host_hparams() -> set[str]:
 
 
 def list_owners(name: str) -> list[str]:
-    """Return our methods that have a hyperparameter, where not all of them have, and what else it takes."""
+    """Return our methods that have a hyperparameter, where not all of them have, and what else it takes.
+
+    Example:
+        >>> list_owners("natural_steps"), list_owners("kd_match")
+        (['PIAT with piat_static'], ['KD'])
+    """
     owners = []
     for algorithm in sorted(list_ours()) if name not in NETWORK | ENGINE | FOLDER else ():
         if name in list_hparams(algorithm):
             owners.append(algorithm)
         else:
-            owners += [f"{algorithm} with {key}" for key in find_askers(algorithm, name)]
+            asking = ask_for_slots(algorithm)
+            owners += [f"{algorithm} with {key}" for key in asking if name in list_hparams(algorithm, {key: True})]
     return owners
-
-
-def find_askers(algorithm: str, name: str) -> list[str]:
-    """Return the hyperparameters that have to be set for a method to have another one.
-
-    Example:
-        >>> find_askers("PIAT", "natural_steps"), find_askers("PIAT", "piat_form")
-        (['piat_static'], [])
-    """
-    asking = ask_for_slots(algorithm)
-    if name in list_hparams(algorithm):
-        return []
-    return [key for key, value in asking.items() if name in list_hparams(algorithm, {key: value})]
 
 
 def get_default_hparams(host: Host, algorithm: str, dataset: DatasetFacts) -> dict[str, Any]:
