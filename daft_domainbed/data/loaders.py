@@ -41,9 +41,9 @@ def make_stream(
     return _make_stream(split, batch_size, num_workers, views, weights=weights)
 
 
-def make_eval_stream(split: Any, num_workers: int) -> Stream:
-    """Return the stream of evaluation passes that upstream's loader would give for a split."""
-    return _make_stream(split, EVAL_BATCH_SIZE, num_workers, training=False)
+def make_eval_stream(split: Any, num_workers: int, views: Views | None = None) -> Stream:
+    """Return the stream of evaluation passes that upstream's loader would give for a split; `views` as in training."""
+    return _make_stream(split, EVAL_BATCH_SIZE, num_workers, views, training=False)
 
 
 def read_split(split: Any, views: Views | None = None) -> Iterator[tuple[Tensor, Tensor]]:

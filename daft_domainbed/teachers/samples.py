@@ -36,14 +36,18 @@ def draw_minibatches(facts: RunFacts, count: int) -> Iterator[list[Batch]]:
 def read_in_splits(facts: RunFacts) -> Iterator[Batch]:
     """Yield the training images, each once, in one of its views."""
     for env, (in_, _) in _list_training_splits(facts):
-        views = make_views(facts.hparams, facts.args.seed, env)
-        yield from (_move(batch, facts) for batch in read_split(in_, views))
+        yield from _read(in_, env, facts)
 
 
 def read_out_splits(facts: RunFacts) -> Iterator[list[Batch]]:
-    """Yield the validation images of each training domain in turn."""
-    for _, (_, out) in _list_training_splits(facts):
-        yield [_move(batch, facts) for batch in read_split(out)]
+    """Yield the validation images of each training domain in turn, each once, in one of its views."""
+    for env, (_, out) in _list_training_splits(facts):
+        yield [*_read(out, env, facts)]
+
+
+def _read(split: Any, env: int, facts: RunFacts) -> Iterator[Batch]:
+    views = make_views(facts.hparams, facts.args.seed, env)
+    yield from (_move(batch, facts) for batch in read_split(split, views))
 
 
 def _list_training_splits(facts: RunFacts) -> list[tuple[int, Any]]:

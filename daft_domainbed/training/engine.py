@@ -19,7 +19,7 @@ from daft_domainbed.data.image_cache import cache_images
 from daft_domainbed.data.loaders import make_eval_stream, make_stream
 from daft_domainbed.data.splits import build_data, cap_batch_size
 from daft_domainbed.data.streams import Stream
-from daft_domainbed.data.views import make_views
+from daft_domainbed.data.views import Views, make_views
 from daft_domainbed.embedded.image_folder import list_notes
 from daft_domainbed.errors import RunError, UsageError
 from daft_domainbed.host.contract import get_algorithm_class
@@ -157,26 +157,26 @@ class _Run:
     def _make_streams(self) -> None:
         """Make the loaders in upstream's order, since each draws from the global generator as it is made."""
         data, workers = self.data, self.data.dataset.N_WORKERS
-        balanced = self.hparams["class_balanced"]
         weigh = self.host.misc.make_weights_for_balanced_classes
 
         # Upstream weighs every split, in this order; doing so reads images through their random augmentation.
         weights: dict[int, Any] = {}
-        if balanced:
+        if self.hparams["class_balanced"]:
             for i, splits in enumerate(data.list_splits()):
                 for split in (*splits, *([data.uda_splits[i]] if i in data.uda_splits else [])):
                     weights[id(split)] = weigh(split)
 
-        def make(split: Any, env: int | None = None) -> Stream:
-            views = None if env is None else make_views(self.hparams, self.args.seed, env)
+        held_out, n = self.args.test_envs, len(data.in_splits)  # images of what is held out are not augmented
+        views = [None if env in held_out else make_views(self.hparams, self.args.seed, env) for env in range(n)]
+
+        def make(split: Any, views: Views | None = None) -> Stream:
             return make_stream(split, self.hparams["batch_size"], workers, weights.get(id(split)), views)
 
-        self.train_streams = [make(in_, i) for i, in_ in enumerate(data.in_splits) if i not in self.args.test_envs]
-        uda_splits = list(data.uda_splits.values())
-        self.uda_streams = [make(uda) for uda in uda_splits]
+        self.train_streams = [make(data.in_splits[env], views[env]) for env in range(n) if env not in held_out]
+        self.uda_streams = [make(uda) for uda in data.uda_splits.values()]
         self.eval_streams = {
-            f"env{i}_{part}": make_eval_stream(split, workers)
-            for part, splits in (("in", data.in_splits), ("out", data.out_splits), ("uda", uda_splits))
+            f"env{i}_{part}": make_eval_stream(split, workers, None if part == "uda" else views[i])
+            for part, splits in (("in", data.in_splits), ("out", data.out_splits), ("uda", data.uda_splits.values()))
             for i, split in enumerate(splits)
         }
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from daft_domainbed.arguments import TrainArgs
 from daft_domainbed.data import views as views_module
-from daft_domainbed.data.loaders import make_stream
+from daft_domainbed.data.loaders import make_eval_stream, make_stream
 from daft_domainbed.data.splits import build_data
 from daft_domainbed.data.views import Views
 from daft_domainbed.embedded.domains import DrawingsDomain, shift_and_flip
@@ -137,3 +137,21 @@ def test_a_run_with_views_goes_on_where_it_was_and_off_is_as_before(tiny: Any) -
     broken = read(tiny.train("broken", {"n_views": 2}, **flags))
     assert all(torch.equal(broken[name], value) for name, value in whole.items())
     assert not torch.equal(whole["network.1.bias"], read(tiny.train("other", **flags))["network.1.bias"])
+
+
+@pytest.mark.parametrize("n_views", [1, 0])
+def test_validation_shows_the_views_of_training_and_the_held_out_domain_as_it_is(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch, n_views: int
+) -> None:
+    made: list[Any] = []
+
+    def keep(*args: Any) -> Any:
+        made.append(make_eval_stream(*args))
+        return made[-1]
+
+    monkeypatch.setattr("daft_domainbed.training.engine.make_eval_stream", keep)
+    tiny.train("run", {"n_views": n_views}, dataset="EmojiStyles", test_envs=[2], steps=1)
+    passes = [[{image.numpy().tobytes() for x, _ in stream for image in x} for _ in range(2)] for stream in made]
+    assert [one == other for one, other in passes] == [
+        n_views == 1 or env == 2 for _ in ("in", "out") for env in range(4)
+    ]
