@@ -241,7 +241,8 @@ class Study:
             [name, *(_show_gain(values[one][name], values[other][name]) for one, other in pairs)]
             for name in comparison.measures
         ]
-        n = f"n = {len(trials)} trials of {len(keys) // len(trials)} held-out domains"
+        n_domains = len(keys) // len(trials)
+        n = f"n = {len(trials)} trials of {n_domains} held-out domain{'s' * (n_domains > 1)}"
         return "\n\n".join(
             [
                 f"{n}; mean ± standard error over trials.",
