@@ -247,7 +247,7 @@ class Study:
             [
                 f"{n}; mean ± standard error over trials.",
                 make_table(["", *comparison.measures, "updates", "seconds"], rows),
-                "Differences" + (" [95 % interval]" if len(trials) >= FEWEST_TRIALS else "") + ", p:",
+                f"Differences{_name_interval(len(trials))}, p:",
                 make_table(["", *(f"{one} - {other}" for one, other in pairs)], gains),
             ]
         )
@@ -295,9 +295,31 @@ def _show_mean(values: Sequence[float]) -> str:
 
 def _show_gain(one: Sequence[float], other: Sequence[float]) -> str:
     gains = [a - b for a, b in zip(one, other, strict=True)]
-    low, high = bootstrap_mean(gains)
-    interval = f" [{low:+.2f}, {high:+.2f}]" if len(gains) >= FEWEST_TRIALS else ""
+    interval = "" if (found := find_interval(gains)) is None else f" [{found[0]:+.2f}, {found[1]:+.2f}]"
     return f"{fmean(gains):+.2f}{interval}" + (f", {flip_signs(gains):.3f}" if len(gains) > 1 else "")
+
+
+def find_interval(gains: Sequence[float]) -> tuple[float, float] | None:
+    """Return the interval of a mean paired difference, from six trials on the bootstrap's; None of fewer than five.
+
+    Of five trials it reaches from the smallest difference to the largest: what lies outside, sign flips refuse with
+    p = 2 / 32, and what lies inside they do not, so that it holds at 93.75 %, whatever the spread.
+
+    Example:
+        >>> find_interval([1.0, 3.0, 2.0, 5.0, 4.0])
+        (1.0, 5.0)
+        >>> find_interval([1.0, 3.0, 2.0, 5.0]) is None
+        True
+    """
+    if len(gains) == FEWEST_TRIALS - 1:
+        return min(gains), max(gains)
+    return bootstrap_mean(gains) if len(gains) >= FEWEST_TRIALS else None
+
+
+def _name_interval(n_trials: int) -> str:
+    if n_trials >= FEWEST_TRIALS:
+        return " [95 % interval]"
+    return " [93.75 % interval]" if n_trials == FEWEST_TRIALS - 1 else ""
 
 
 # --- files -------------------------------------------------------------------------------------------------------

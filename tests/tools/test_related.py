@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from daft_domainbed.results.statistics import flip_signs
 from tools import related
 from tools.related import COMPARISONS, Comparison, Study, choose_keys, pack, share_worst
 
@@ -52,8 +55,21 @@ def test_a_comparison_pairs_what_all_rows_have(runs: Path) -> None:
     assert lines[0].startswith("n = 5 trials of 2 held-out domains")
     assert "| FAAL | 25.00 ± 0.00 | 37.50 ± 0.00 | 62.50 ± 0.00 | 700 | 12 |" in lines
     assert "| AT, its start | 0.00 ± 0.00 | 37.50 ± 0.00 | 75.00 ± 0.00 | 700 | 12 |" in lines
-    assert "|  | FAAL - AT, its start |" in lines and "Differences, p:" in lines  # five trials: no interval
-    assert "| worst class, PGD-20 | +25.00, 0.062 |" in lines
+    assert "|  | FAAL - AT, its start |" in lines and "Differences [93.75 % interval], p:" in lines
+    assert "| worst class, PGD-20 | +25.00 [+25.00, +25.00], 0.062 |" in lines
+
+
+@given(st.lists(st.floats(-100, 100), min_size=5, max_size=5, unique=True), st.floats(0.01, 10))
+def test_sign_flips_refuse_what_lies_outside_the_interval_of_five_and_nothing_else(
+    gains: list[float], by: float
+) -> None:
+    low, high = related.find_interval(gains) or (0.0, 0.0)
+    assert (
+        flip_signs([gain - (low - by) for gain in gains])
+        == flip_signs([gain - (high + by) for gain in gains])
+        == 2 / 32
+    )
+    assert flip_signs([gain - (low + high) / 2 for gain in gains]) > 2 / 32
 
 
 def test_each_row_is_compared_with_the_controls() -> None:
