@@ -7,7 +7,7 @@ from pathlib import PurePath
 from typing import Any
 
 UNKNOWN = "weights of unknown origin"
-_NEVER_PRETRAINED = ("resnet8_w", "ranker_w")  # how the names of our own networks begin
+_NEVER_PRETRAINED = ("resnet8_w", "ranker_w", "open_clip/small")  # how the names of our own networks begin
 _SMALLEST_HOST_RESNET = 33  # pixels: up to 32 the host's own networks start from nothing
 
 
@@ -25,6 +25,8 @@ def list_origins(
         >>> list_origins({"backbone": "resnet8_w8", "weights": "pretrained"}, (3, 32, 32))
         {}
         >>> list_origins({"backbone": "ranker_w32", "weights": "pretrained"}, (21, 40))
+        {}
+        >>> list_origins({"backbone": "open_clip/small", "weights": "pretrained"}, (3, 32, 32))
         {}
         >>> list_origins({"backbone": "timm/resnet10t", "weights": "pretrained"}, (3, 64, 64))
         {'weights': 'pretrained timm/resnet10t'}
